@@ -1,0 +1,1 @@
+//! The worker process: inference and embedding in a sandbox, and the protocol to talk to it.

@@ -1,0 +1,1 @@
+//! Signed usage accounting: chain, double entry, proofs, exports, and the durable store.

@@ -1,0 +1,1 @@
+//! The provider's daemon: probe, owner policy, run leases.

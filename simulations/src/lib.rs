@@ -1,0 +1,1 @@
+//! Seeded worlds that run the real agent and controller, with faults and checkers.
