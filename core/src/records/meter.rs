@@ -1,0 +1,263 @@
+//! What a node measured: readings while it works, and a usage when it ends.
+use super::{
+    envelope::{Record, RecordError},
+    wire::{Fields, UTC_MAX},
+};
+use crate::{
+    artifact::ArtifactRef,
+    id::RecordId,
+    key::{NodeId, PublicKey},
+    prelude::*,
+    unit::{Bytes, DeviceMillis, Millis, MonoMillis, UtcMillis},
+};
+use karez_proto::records as wire;
+use serde::{Deserialize, Serialize};
+
+/// Raw meters: totals since the lease was granted.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Meters {
+    /// Devices × time held.
+    pub device_ms: DeviceMillis,
+    /// CPU time of the worker.
+    pub cpu: Millis,
+    /// Largest resident memory of the worker.
+    pub memory_peak: Bytes,
+    /// Resident memory × time, in byte-seconds.
+    pub memory_byte_seconds: u64,
+    /// Tokens read.
+    pub tokens_in: u64,
+    /// Tokens written.
+    pub tokens_out: u64,
+    /// Tokens read from a cache.
+    pub tokens_cached: u64,
+    /// Items finished.
+    pub items: u64,
+    /// Bytes fetched for the part.
+    pub bytes_in: Bytes,
+    /// Bytes of results.
+    pub bytes_out: Bytes,
+    /// Energy, where the machine can tell.
+    pub millijoules: Option<u64>,
+}
+
+impl Meters {
+    fn to_wire(self) -> wire::Meters {
+        self.into()
+    }
+
+    fn from_wire(w: wire::Meters) -> Self {
+        Self {
+            device_ms: DeviceMillis(w.device_ms),
+            cpu: Millis(w.cpu_ms),
+            memory_peak: Bytes(w.memory_peak_bytes),
+            memory_byte_seconds: w.memory_byte_seconds,
+            tokens_in: w.tokens_in,
+            tokens_out: w.tokens_out,
+            tokens_cached: w.tokens_cached,
+            items: w.items,
+            bytes_in: Bytes(w.bytes_in),
+            bytes_out: Bytes(w.bytes_out),
+            millijoules: w.millijoules,
+        }
+    }
+
+    /// No meter of `self` lies under the one of `before`: totals never fall.
+    pub fn grew_from(&self, before: &Self) -> bool {
+        self.device_ms >= before.device_ms
+            && self.cpu >= before.cpu
+            && self.tokens_in >= before.tokens_in
+            && self.tokens_out >= before.tokens_out
+            && self.items >= before.items
+    }
+}
+
+impl From<Meters> for wire::Meters {
+    fn from(m: Meters) -> Self {
+        Self {
+            device_ms: m.device_ms.0,
+            cpu_ms: m.cpu.0,
+            memory_peak_bytes: m.memory_peak.0,
+            tokens_in: m.tokens_in,
+            tokens_out: m.tokens_out,
+            tokens_cached: m.tokens_cached,
+            items: m.items,
+            bytes_in: m.bytes_in.0,
+            bytes_out: m.bytes_out.0,
+            millijoules: m.millijoules,
+            memory_byte_seconds: m.memory_byte_seconds,
+        }
+    }
+}
+
+impl From<wire::Meters> for Meters {
+    fn from(w: wire::Meters) -> Self {
+        Self::from_wire(w)
+    }
+}
+
+/// The meters of a lease at one moment; each names the reading before it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MeterReading {
+    /// Record id of the lease.
+    pub lease: RecordId,
+    /// The node of that lease.
+    pub node: NodeId,
+    /// From 0.
+    pub sequence: u32,
+    /// Record id of the reading before; none for the first.
+    pub previous: Option<RecordId>,
+    /// Totals so far.
+    pub meters: Meters,
+    /// How they were measured: `rusage+wall/1`.
+    pub method: String,
+    /// When.
+    pub taken_at: UtcMillis,
+    /// When, on the node's monotonic clock.
+    pub mono: MonoMillis,
+}
+
+impl Record for MeterReading {
+    const TYPE: &'static str = "karez.reading.v1";
+    const BYTES_MAX: usize = 4 * 1024;
+    type Wire = wire::MeterReading;
+
+    fn signer(&self) -> PublicKey {
+        self.node.0
+    }
+
+    fn to_wire(&self) -> wire::MeterReading {
+        wire::MeterReading {
+            lease: self.lease.0.to_vec(),
+            node: self.node.0.0.to_vec(),
+            sequence: self.sequence,
+            previous: self.previous.map(|d| d.0.to_vec()).unwrap_or_default(),
+            meters: Some(self.meters.to_wire()),
+            method: self.method.clone(),
+            taken_at: self.taken_at.0,
+            mono_ms: self.mono.0,
+        }
+    }
+
+    fn from_wire(w: wire::MeterReading) -> Result<Self, RecordError> {
+        let f = Fields(Self::TYPE);
+        Ok(Self {
+            lease: f.digest("lease", &w.lease)?,
+            node: NodeId(f.key("node", &w.node)?),
+            sequence: w.sequence,
+            previous: f.optional_digest("previous", &w.previous)?,
+            meters: Meters::from_wire(f.some("meters", w.meters)?),
+            method: f.text("method", w.method, 64)?,
+            taken_at: UtcMillis(f.within("taken_at", w.taken_at, UTC_MAX)?),
+            mono: MonoMillis(w.mono_ms),
+        })
+    }
+}
+
+/// How a lease ended on its node.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Outcome {
+    /// Every item has its result.
+    Done,
+    /// The work failed; the cause says whose fault it was.
+    Failed,
+    /// The user or the scheduler called it off.
+    Cancelled,
+    /// The owner wanted the machine back.
+    Reclaimed,
+}
+
+impl Outcome {
+    /// The wire name.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Done => "done",
+            Self::Failed => "failed",
+            Self::Cancelled => "cancelled",
+            Self::Reclaimed => "reclaimed",
+        }
+    }
+}
+
+impl core::str::FromStr for Outcome {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "done" => Ok(Self::Done),
+            "failed" => Ok(Self::Failed),
+            "cancelled" => Ok(Self::Cancelled),
+            "reclaimed" => Ok(Self::Reclaimed),
+            _ => Err(format!("{text:?} is no outcome")),
+        }
+    }
+}
+
+/// The node's last word on a lease.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Usage {
+    /// Record id of the lease.
+    pub lease: RecordId,
+    /// The node of that lease.
+    pub node: NodeId,
+    /// Record id of the last reading.
+    pub last_reading: RecordId,
+    /// How many readings there are.
+    pub readings: u32,
+    /// Final totals; equal to the last reading's.
+    pub meters: Meters,
+    /// How it ended.
+    pub outcome: Outcome,
+    /// Why, when it did not end well; at most 1000 bytes.
+    pub cause: String,
+    /// Trying elsewhere may help: the cause lies with the machine, not with the job.
+    pub retryable: bool,
+    /// JSON lines, one per item.
+    pub result: Option<ArtifactRef>,
+    /// When the lease was granted.
+    pub started_at: UtcMillis,
+    /// When it ended.
+    pub ended_at: UtcMillis,
+}
+
+impl Record for Usage {
+    const TYPE: &'static str = "karez.usage.v1";
+    const BYTES_MAX: usize = 8 * 1024;
+    type Wire = wire::Usage;
+
+    fn signer(&self) -> PublicKey {
+        self.node.0
+    }
+
+    fn to_wire(&self) -> wire::Usage {
+        wire::Usage {
+            lease: self.lease.0.to_vec(),
+            node: self.node.0.0.to_vec(),
+            last_reading: self.last_reading.0.to_vec(),
+            readings: self.readings,
+            meters: Some(self.meters.to_wire()),
+            outcome: self.outcome.as_str().into(),
+            cause: self.cause.clone(),
+            retryable: self.retryable,
+            result: self.result.map(Into::into),
+            started_at: self.started_at.0,
+            ended_at: self.ended_at.0,
+        }
+    }
+
+    fn from_wire(w: wire::Usage) -> Result<Self, RecordError> {
+        let f = Fields(Self::TYPE);
+        Ok(Self {
+            lease: f.digest("lease", &w.lease)?,
+            node: NodeId(f.key("node", &w.node)?),
+            last_reading: f.digest("last_reading", &w.last_reading)?,
+            readings: w.readings,
+            meters: Meters::from_wire(f.some("meters", w.meters)?),
+            outcome: f.parse("outcome", &w.outcome)?,
+            cause: f.text("cause", w.cause, 1000)?,
+            retryable: w.retryable,
+            result: w.result.map(|r| f.artifact("result", r)).transpose()?,
+            started_at: UtcMillis(f.within("started_at", w.started_at, UTC_MAX)?),
+            ended_at: UtcMillis(f.within("ended_at", w.ended_at, UTC_MAX)?),
+        })
+    }
+}
