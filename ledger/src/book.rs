@@ -1,0 +1,417 @@
+//! The book: a hash chain of entries and the balances that follow from them. Pure; no file, no clock.
+//!
+//! # Encoding of an entry
+//! All integers are big-endian.
+//!
+//! ```text
+//! entry    = previous[32] seq:u64 at:u64 kind:u8 legs:u8 leg* evidence:u16 envelope*
+//! kind     = 0 grant | 1 reserve | 2 settle | 3 release
+//! leg      = account amount:i64
+//! account  = 0 (federation) | 1 user[32] (user) | 2 job[32] (escrow) | 3 len:u8 name (institution)
+//! envelope = len:u32 bytes
+//! hash     = BLAKE3 in key-derivation mode, context "karez-ledger/1 entry", over the bytes of the entry
+//! ```
+//!
+//! The `previous` of entry 0 is the same function with context "karez-ledger/1 genesis" over the scheduler's key, so
+//! that no entry of one scheduler's ledger fits into another's.
+use crate::evidence::{Change, EvidenceError, Examined, Trail, examine, recall};
+use karez_core::{
+    id::{Digest, Institution, JobId},
+    key::{PublicKey, SchedulerId, UserId},
+    money::{Account, Accounts, EVIDENCE_MAX, LEGS_MAX, Posting, PostingError, PostingKind},
+    unit::UtcMillis,
+};
+
+/// The largest encoded entry, in bytes: an order, a lease, 508 readings, a usage and a receipt fit.
+pub const ENTRY_BYTES_MAX: usize = 5 * 512 * 1024;
+
+/// One line of the ledger.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Entry {
+    /// From 0, without gaps.
+    pub seq: u64,
+    /// Hash of the entry before; of the first one: [`genesis`].
+    pub previous: Digest,
+    /// When it was posted, by the scheduler's clock. For readers; no rule depends on it.
+    pub at: UtcMillis,
+    /// What moved, and why.
+    pub posting: Posting,
+}
+
+/// Bytes that are no entry.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("not an entry: {why} (at byte {at})")]
+pub struct EntryDecodeError {
+    /// What is wrong.
+    pub why: &'static str,
+    /// How far reading came.
+    pub at: usize,
+}
+
+/// Why a posting or an entry was refused. The book is unchanged.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum BookError {
+    /// The legs break a rule of double entry.
+    #[error(transparent)]
+    Posting(#[from] PostingError),
+    /// The signed records do not justify the legs.
+    #[error(transparent)]
+    Evidence(#[from] EvidenceError),
+    /// The entry would be larger than anyone reads.
+    #[error("the entry is {bytes} bytes, the limit is {ENTRY_BYTES_MAX}: use fewer or smaller records")]
+    TooLarge {
+        /// Its size.
+        bytes: usize,
+    },
+    /// A replayed entry has another number than the next one.
+    #[error("expected entry {expected}, found entry {found}")]
+    Sequence {
+        /// The next number of this book.
+        expected: u64,
+        /// The number of the entry.
+        found: u64,
+    },
+    /// A replayed entry does not follow the one before.
+    #[error("entry {seq} follows {found:?}, but the entry before it has hash {expected:?}")]
+    Previous {
+        /// The number of the entry.
+        seq: u64,
+        /// Hash of the last entry of this book.
+        expected: Digest,
+        /// What the entry names.
+        found: Digest,
+    },
+    /// This book belongs to no scheduler.
+    #[error("this store keeps no ledger: open it with the scheduler's key to post")]
+    NoLedger,
+}
+
+/// The chain's head, the balances, and what the evidence rules must remember.
+///
+/// Entries themselves are not kept. Memory grows by about 100 bytes per job and 40 per settled lease.
+#[derive(Debug, Clone)]
+pub struct Book {
+    scheduler: Option<SchedulerId>,
+    accounts: Accounts,
+    entries: u64,
+    head: Digest,
+    trail: Trail,
+}
+
+/// What undoes the last [`Book::append`].
+#[derive(Debug)]
+pub(crate) struct Undo {
+    head: Digest,
+    legs: Vec<(Account, i64)>,
+    change: Change,
+}
+
+/// The hash that the first entry of `scheduler`'s ledger names.
+pub fn genesis(scheduler: SchedulerId) -> Digest {
+    Digest(blake3::derive_key("karez-ledger/1 genesis", &scheduler.0.0))
+}
+
+impl Book {
+    /// An empty ledger of `scheduler`.
+    pub fn new(scheduler: SchedulerId) -> Self {
+        Self {
+            scheduler: Some(scheduler),
+            accounts: Accounts::default(),
+            entries: 0,
+            head: genesis(scheduler),
+            trail: Trail::default(),
+        }
+    }
+
+    /// The book of a store that keeps no ledger: every posting is refused.
+    pub fn none() -> Self {
+        Self {
+            scheduler: None,
+            accounts: Accounts::default(),
+            entries: 0,
+            head: Digest([0; 32]),
+            trail: Trail::default(),
+        }
+    }
+
+    /// Whose ledger it is.
+    pub fn scheduler(&self) -> Option<SchedulerId> {
+        self.scheduler
+    }
+    /// All balances.
+    pub fn accounts(&self) -> &Accounts {
+        &self.accounts
+    }
+    /// How many entries there are; also the number of the next one.
+    pub fn entries(&self) -> u64 {
+        self.entries
+    }
+    /// Hash of the last entry.
+    pub fn head(&self) -> Digest {
+        self.head
+    }
+
+    /// Checks `posting` wholly (signatures, paper trail, balance) and makes it the next entry, or changes nothing.
+    pub fn append(&mut self, at: UtcMillis, posting: Posting) -> Result<Entry, BookError> {
+        let scheduler = self.scheduler.ok_or(BookError::NoLedger)?;
+        self.append_examined(at, examine(posting, scheduler)?)
+    }
+
+    /// As [`Book::append`], when the records were already examined (signatures cost most, and need no book).
+    pub fn append_examined(&mut self, at: UtcMillis, examined: Examined) -> Result<Entry, BookError> {
+        self.append_undoable(at, examined).map(|(entry, _)| entry)
+    }
+
+    pub(crate) fn append_undoable(
+        &mut self,
+        at: UtcMillis,
+        examined: Examined,
+    ) -> Result<(Entry, Undo), BookError> {
+        let scheduler = self.scheduler.ok_or(BookError::NoLedger)?;
+        if examined.scheduler() != scheduler {
+            return Err(EvidenceError::OtherLedger {
+                scheduler: examined.scheduler(),
+            }
+            .into());
+        }
+        let change = self.trail.check(examined.claim(), &self.accounts)?;
+        let entry = Entry {
+            seq: self.entries,
+            previous: self.head,
+            at,
+            posting: examined.into_posting(),
+        };
+        let bytes = entry.encode();
+        if bytes.len() > ENTRY_BYTES_MAX {
+            return Err(BookError::TooLarge { bytes: bytes.len() });
+        }
+        self.accounts.apply(&entry.posting)?;
+        self.trail.apply(&change);
+        let undo = Undo {
+            head: self.head,
+            legs: entry.posting.legs.clone(),
+            change,
+        };
+        self.head = hash_of(&bytes);
+        self.entries += 1;
+        Ok((entry, undo))
+    }
+
+    /// Takes back the last append.
+    pub(crate) fn undo(&mut self, undo: Undo) {
+        let back = Posting {
+            kind: PostingKind::Release,
+            legs: undo.legs.iter().map(|(a, leg)| (a.clone(), -leg)).collect(),
+            evidence: Vec::new(),
+        };
+        // The balances before were within every rule, so going back to them is too.
+        let result = self.accounts.apply(&back);
+        debug_assert_eq!(result, Ok(()));
+        self.trail.revert(&undo.change);
+        self.head = undo.head;
+        self.entries -= 1;
+    }
+
+    /// Takes over an entry from elsewhere after checking everything about it.
+    pub fn replay(&mut self, entry: &Entry) -> Result<(), BookError> {
+        self.follows(entry)?;
+        self.append(entry.at, entry.posting.clone()).map(drop)
+    }
+
+    /// As [`Book::replay`] but without the signatures: for entries from one's own disk that were checked when posted.
+    pub fn recall(&mut self, entry: &Entry) -> Result<(), BookError> {
+        let scheduler = self.scheduler.ok_or(BookError::NoLedger)?;
+        self.follows(entry)?;
+        let examined = recall(entry.posting.clone(), scheduler)?;
+        self.append_examined(entry.at, examined).map(drop)
+    }
+
+    fn follows(&self, entry: &Entry) -> Result<(), BookError> {
+        if entry.seq != self.entries {
+            return Err(BookError::Sequence {
+                expected: self.entries,
+                found: entry.seq,
+            });
+        }
+        if entry.previous != self.head {
+            return Err(BookError::Previous {
+                seq: entry.seq,
+                expected: self.head,
+                found: entry.previous,
+            });
+        }
+        Ok(())
+    }
+}
+
+/// One digest over all balances: BLAKE3 (context "karez-ledger/1 balances") over each account that is not at zero,
+/// in order, as in an entry's legs.
+pub fn balances_digest(accounts: &Accounts) -> Digest {
+    let mut hasher = blake3::Hasher::new_derive_key("karez-ledger/1 balances");
+    let mut leg = Vec::with_capacity(80);
+    for (account, balance) in accounts.iter() {
+        leg.clear();
+        encode_leg(&mut leg, account, balance);
+        hasher.update(&leg);
+    }
+    Digest(*hasher.finalize().as_bytes())
+}
+
+fn hash_of(encoded: &[u8]) -> Digest {
+    Digest(blake3::derive_key("karez-ledger/1 entry", encoded))
+}
+
+fn encode_leg(out: &mut Vec<u8>, account: &Account, amount: i64) {
+    match account {
+        Account::Federation => out.push(0),
+        Account::User(user) => {
+            out.push(1);
+            out.extend_from_slice(&user.0.0);
+        }
+        Account::Escrow(job) => {
+            out.push(2);
+            out.extend_from_slice(&job.0.0);
+        }
+        Account::Institution(name) => {
+            let name = name.as_str().as_bytes();
+            out.push(3);
+            // Names have at most 63 bytes.
+            out.push(name.len() as u8);
+            out.extend_from_slice(name);
+        }
+    }
+    out.extend_from_slice(&amount.to_be_bytes());
+}
+
+/// The byte of a kind in an encoded entry.
+pub(crate) fn kind_byte(kind: PostingKind) -> u8 {
+    match kind {
+        PostingKind::Grant => 0,
+        PostingKind::Reserve => 1,
+        PostingKind::Settle => 2,
+        PostingKind::Release => 3,
+    }
+}
+
+impl Entry {
+    /// The hash that the next entry names.
+    pub fn hash(&self) -> Digest {
+        hash_of(&self.encode())
+    }
+
+    /// The bytes that are hashed and kept. The layout is documented at the top of this module.
+    pub fn encode(&self) -> Vec<u8> {
+        let evidence: usize = self.posting.evidence.iter().map(|e| e.len() + 4).sum();
+        let mut out = Vec::with_capacity(64 + self.posting.legs.len() * 80 + evidence);
+        out.extend_from_slice(&self.previous.0);
+        out.extend_from_slice(&self.seq.to_be_bytes());
+        out.extend_from_slice(&self.at.0.to_be_bytes());
+        out.push(kind_byte(self.posting.kind));
+        // Checked postings have at most 16 legs and 512 records; anything else cannot be decoded again.
+        out.push(u8::try_from(self.posting.legs.len()).unwrap_or(u8::MAX));
+        for (account, amount) in &self.posting.legs {
+            encode_leg(&mut out, account, *amount);
+        }
+        let count = u16::try_from(self.posting.evidence.len()).unwrap_or(u16::MAX);
+        out.extend_from_slice(&count.to_be_bytes());
+        for envelope in &self.posting.evidence {
+            let len = u32::try_from(envelope.len()).unwrap_or(u32::MAX);
+            out.extend_from_slice(&len.to_be_bytes());
+            out.extend_from_slice(envelope);
+        }
+        out
+    }
+
+    /// Reads what [`Entry::encode`] wrote, and nothing else.
+    pub fn decode(bytes: &[u8]) -> Result<Self, EntryDecodeError> {
+        if bytes.len() > ENTRY_BYTES_MAX {
+            return Err(EntryDecodeError {
+                why: "it is too large",
+                at: 0,
+            });
+        }
+        let mut from = Cursor { bytes, at: 0 };
+        let previous = Digest(from.array()?);
+        let seq = u64::from_be_bytes(from.array()?);
+        let at = UtcMillis(u64::from_be_bytes(from.array()?));
+        let kind = match from.byte()? {
+            0 => PostingKind::Grant,
+            1 => PostingKind::Reserve,
+            2 => PostingKind::Settle,
+            3 => PostingKind::Release,
+            _ => return from.bad("unknown kind of posting"),
+        };
+        let count = usize::from(from.byte()?);
+        if count > LEGS_MAX {
+            return from.bad("too many legs");
+        }
+        let mut legs = Vec::with_capacity(count);
+        for _ in 0..count {
+            let account = match from.byte()? {
+                0 => Account::Federation,
+                1 => Account::User(UserId(PublicKey(from.array()?))),
+                2 => Account::Escrow(JobId(Digest(from.array()?))),
+                3 => {
+                    let len = usize::from(from.byte()?);
+                    let name = std::str::from_utf8(from.take(len)?)
+                        .ok()
+                        .and_then(|name| name.parse::<Institution>().ok());
+                    match name {
+                        Some(name) => Account::Institution(name),
+                        None => return from.bad("bad name of an institution"),
+                    }
+                }
+                _ => return from.bad("unknown kind of account"),
+            };
+            legs.push((account, i64::from_be_bytes(from.array()?)));
+        }
+        let count = usize::from(u16::from_be_bytes(from.array()?));
+        if count > EVIDENCE_MAX {
+            return from.bad("too much evidence");
+        }
+        let mut evidence = Vec::with_capacity(count);
+        for _ in 0..count {
+            let len = u32::from_be_bytes(from.array()?) as usize;
+            evidence.push(from.take(len)?.to_vec());
+        }
+        if from.at != bytes.len() {
+            return from.bad("bytes follow its end");
+        }
+        Ok(Self {
+            seq,
+            previous,
+            at,
+            posting: Posting { kind, legs, evidence },
+        })
+    }
+}
+
+struct Cursor<'a> {
+    bytes: &'a [u8],
+    at: usize,
+}
+
+impl<'a> Cursor<'a> {
+    fn bad<T>(&self, why: &'static str) -> Result<T, EntryDecodeError> {
+        Err(EntryDecodeError { why, at: self.at })
+    }
+    fn take(&mut self, len: usize) -> Result<&'a [u8], EntryDecodeError> {
+        let Some(taken) = self
+            .at
+            .checked_add(len)
+            .and_then(|end| self.bytes.get(self.at..end))
+        else {
+            return self.bad("it ends early");
+        };
+        self.at += len;
+        Ok(taken)
+    }
+    fn array<const N: usize>(&mut self) -> Result<[u8; N], EntryDecodeError> {
+        let mut out = [0; N];
+        out.copy_from_slice(self.take(N)?);
+        Ok(out)
+    }
+    fn byte(&mut self) -> Result<u8, EntryDecodeError> {
+        self.array::<1>().map(|[b]| b)
+    }
+}
