@@ -61,6 +61,24 @@ impl Meters {
         }
     }
 
+    /// Adds the totals of another lease; memory peaks do not add up.
+    pub fn add(&mut self, other: &Self) {
+        self.device_ms = self.device_ms.saturating_add(other.device_ms);
+        self.cpu = self.cpu.saturating_add(other.cpu);
+        self.memory_peak = self.memory_peak.max(other.memory_peak);
+        self.memory_byte_seconds = self.memory_byte_seconds.saturating_add(other.memory_byte_seconds);
+        self.tokens_in = self.tokens_in.saturating_add(other.tokens_in);
+        self.tokens_out = self.tokens_out.saturating_add(other.tokens_out);
+        self.tokens_cached = self.tokens_cached.saturating_add(other.tokens_cached);
+        self.items = self.items.saturating_add(other.items);
+        self.bytes_in = self.bytes_in.saturating_add(other.bytes_in);
+        self.bytes_out = self.bytes_out.saturating_add(other.bytes_out);
+        self.millijoules = match (self.millijoules, other.millijoules) {
+            (Some(a), Some(b)) => Some(a.saturating_add(b)),
+            (known, None) | (None, known) => known,
+        };
+    }
+
     /// No meter of `self` lies under the one of `before`: totals never fall.
     pub fn grew_from(&self, before: &Self) -> bool {
         self.device_ms >= before.device_ms

@@ -10,6 +10,7 @@ mod offer;
 mod order;
 mod receipt;
 mod social;
+mod trail;
 mod wire;
 
 pub use envelope::{Record, RecordError, Signed, Verified, describe};
@@ -19,3 +20,4 @@ pub use offer::{Device, Engine, NodeState, OFFER_CACHED_MAX, Offer, WorkKind};
 pub use order::{Constraints, Generate, ITEMS_MAX, Order, PARTS_MAX, Work};
 pub use receipt::{Flag, Receipt};
 pub use social::{ClassSummary, Invitation, Role, Summary};
+pub use trail::{TrailError, check_trail};

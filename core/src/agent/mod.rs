@@ -1,0 +1,239 @@
+//! A node's mind: grants leases by its owner's policy, runs them, meters them, and gives them back.
+//!
+//! [`Agent::handle`] is the one entrance. It never waits; it pushes what the shell must do, in order.
+//! The shell's promise: every [`Effect::Persist`] of a batch is on disk before any other effect of that batch
+//! leaves the process. So a lease is stored before it is granted, and the intent to start a worker before it starts.
+//!
+//! Not here: how to fetch, run or sign in ([`karez-node`]); what the scheduler decides ([`crate::controller`]).
+mod mind;
+
+pub use mind::{Agent, AgentStatus};
+
+use crate::{
+    artifact::ArtifactRef,
+    exchange::{Fetch, ToNode, ToScheduler},
+    id::{Country, Digest, Institution, LeaseKey},
+    key::{SchedulerId, SecretKey},
+    prelude::*,
+    records::{Device, Engine, Offer, Order, Verified, WorkKind},
+    store::Change,
+    unit::{Bytes, Millis},
+};
+
+/// What the owner set and the probe measured. Fixed while the agent lives.
+#[derive(Debug, Clone)]
+pub struct AgentConfig {
+    /// The node's key.
+    pub secret: SecretKey,
+    /// A name for people.
+    pub name: String,
+    /// Whose machine.
+    pub institution: Institution,
+    /// Where it stands.
+    pub country: Country,
+    /// Devices with their prices; `free` is ignored, the agent counts.
+    pub devices: Vec<Device>,
+    /// Engines with their probed speeds.
+    pub engines: Vec<Engine>,
+    /// Cores of the machine.
+    pub cores: u32,
+    /// Memory of the machine.
+    pub memory: Bytes,
+    /// Instruction set level.
+    pub isa: String,
+    /// What the sandbox enforces.
+    pub isolation: String,
+    /// What the owner allows.
+    pub policy: OwnerPolicy,
+    /// How long an offer is believed.
+    pub offer_ttl: Millis,
+    /// Time between two heartbeats to a scheduler.
+    pub heartbeat: Millis,
+    /// Time between the first meter readings of a lease.
+    pub reading_interval: Millis,
+    /// How long a guest has to leave when the owner wants the machine back.
+    pub reclaim_grace: Millis,
+}
+
+/// What the owner allows.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct OwnerPolicy {
+    /// Users of these institutions only; empty for all.
+    pub institutions: Vec<Institution>,
+    /// Never users of these institutions.
+    pub institutions_excluded: Vec<Institution>,
+    /// These kinds of work only; empty for all.
+    pub work: Vec<WorkKind>,
+}
+
+/// What the worker has used so far.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct WorkerMeters {
+    /// CPU time.
+    pub cpu: Millis,
+    /// Largest resident memory.
+    pub memory_peak: Bytes,
+    /// Tokens read.
+    pub tokens_in: u64,
+    /// Tokens written.
+    pub tokens_out: u64,
+    /// Tokens read from a cache.
+    pub tokens_cached: u64,
+    /// Items finished.
+    pub items: u64,
+    /// Bytes of results.
+    pub bytes_out: Bytes,
+}
+
+/// How a worker ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Exit {
+    /// Every item has its result, and the result is in the node's own store.
+    Done(ArtifactRef),
+    /// It failed.
+    Failed {
+        /// Why; shown to the user.
+        why: String,
+        /// The machine's fault: elsewhere it may work.
+        retryable: bool,
+    },
+    /// It stopped because it was told to.
+    Stopped,
+}
+
+/// What the owner can say.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OwnerCommand {
+    /// Take new leases again.
+    Open,
+    /// Take no new leases.
+    Pause,
+    /// Take no new leases, ever.
+    Drain,
+    /// Everybody out, within the grace.
+    Reclaim,
+}
+
+/// What happens to a node.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Event {
+    /// First event after [`Agent::restore`].
+    Started,
+    /// A session with a scheduler stands.
+    Connected(SchedulerId),
+    /// It broke.
+    Disconnected(SchedulerId),
+    /// A scheduler said something.
+    Heard(SchedulerId, ToNode),
+    /// An [`Effect::Fetch`] succeeded; the artifacts are in the store and stay pinned until [`Effect::Forget`].
+    Fetched {
+        /// For which lease.
+        key: LeaseKey,
+        /// Bytes that really crossed the network.
+        bytes_in: Bytes,
+    },
+    /// An [`Effect::Fetch`] failed.
+    FetchFailed {
+        /// For which lease.
+        key: LeaseKey,
+        /// Why.
+        why: String,
+        /// Elsewhere it may work.
+        retryable: bool,
+    },
+    /// The worker got further.
+    Progress {
+        /// Of which lease.
+        key: LeaseKey,
+        /// Totals so far.
+        meters: WorkerMeters,
+    },
+    /// The worker is gone. Follows every [`Effect::Start`] exactly once, unless the process dies.
+    Exited {
+        /// Of which lease.
+        key: LeaseKey,
+        /// How.
+        exit: Exit,
+        /// Final totals.
+        meters: WorkerMeters,
+    },
+    /// An [`Effect::Push`] succeeded: the scheduler holds the result.
+    Pushed {
+        /// Of which lease.
+        key: LeaseKey,
+    },
+    /// An [`Effect::Push`] failed; the agent tries again later.
+    PushFailed {
+        /// Of which lease.
+        key: LeaseKey,
+        /// Why.
+        why: String,
+    },
+    /// What the artifact store holds, most recently used first, and where it is served.
+    Serving {
+        /// Digests.
+        cached: Vec<Digest>,
+        /// `ip:port`.
+        addrs: Vec<String>,
+    },
+    /// The owner said something.
+    Owner(OwnerCommand),
+    /// Time passed. The shell sends one at least every heartbeat, and at [`Agent::wake_at`].
+    Tick,
+}
+
+/// What the shell must do.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Effect {
+    /// Before anything else of this batch.
+    Persist(Vec<Change>),
+    /// Say this to a scheduler; dropped when no session stands.
+    Send(SchedulerId, ToScheduler),
+    /// Get these artifacts into the store and pin them.
+    Fetch {
+        /// For which lease.
+        key: LeaseKey,
+        /// What and from whom.
+        fetch: Fetch,
+    },
+    /// Run the work.
+    Start {
+        /// For which lease.
+        key: LeaseKey,
+        /// What to run.
+        order: Verified<Order>,
+        /// First item.
+        first_item: u64,
+        /// Items.
+        items: u64,
+        /// On which class of device.
+        device_class: String,
+        /// How many devices.
+        devices: u32,
+    },
+    /// Stop the worker; kill it when it has not left within the grace. [`Event::Exited`] follows.
+    Stop {
+        /// Which lease.
+        key: LeaseKey,
+        /// How long it may take.
+        grace: Millis,
+    },
+    /// Bring the result to the scheduler's store.
+    Push {
+        /// Of which lease.
+        key: LeaseKey,
+        /// Whose scheduler.
+        to: SchedulerId,
+        /// What.
+        artifact: ArtifactRef,
+    },
+    /// The lease is over: release pins and scratch files.
+    Forget {
+        /// Which.
+        key: LeaseKey,
+    },
+    /// Tell every scheduler.
+    Advertise(Verified<Offer>),
+    /// For the node's own log.
+    Log(String),
+}

@@ -1,0 +1,275 @@
+//! From a node's usage to a countersigned receipt and a balanced posting.
+use super::{
+    Effect,
+    job::{JOBS, JobState, Part},
+    mind::Controller,
+};
+use crate::{
+    exchange::{FinishedLease, ToNode},
+    id::LeaseKey,
+    key::NodeId,
+    money::{Account, Posting, PostingKind},
+    prelude::*,
+    records::{Flag, Meters, Outcome, Receipt, Signed, Verified, WorkKind, check_trail},
+    store::{Change, put},
+    unit::{Credits, DeviceMillis, Millis, Now, Rate, Speed},
+};
+
+/// How much longer than we saw a node may say it worked before the smaller figure is billed: clocks and messages
+/// take their time. Two seconds and five percent.
+const TOLERANCE: Millis = Millis(2_000);
+const TOLERANCE_PERCENT: u64 = 5;
+
+impl Controller {
+    pub(super) fn on_finished(
+        &mut self,
+        now: Now,
+        node: NodeId,
+        finished: FinishedLease,
+        out: &mut Vec<Effect>,
+    ) {
+        let key = finished.lease.key();
+        if finished.lease.node != node {
+            out.push(Effect::Log(format!(
+                "{} sent a lease of another node",
+                node.short()
+            )));
+            return;
+        }
+        self.release_claim(&key, node);
+        let settled = |why: String| {
+            Effect::Send(
+                node,
+                ToNode::Settled {
+                    key,
+                    receipt: None,
+                    why,
+                },
+            )
+        };
+        if let Err(why) = self.counts(&key, node, &finished) {
+            out.push(settled(why));
+            return;
+        }
+        match self.bill(now, &key, &finished, out) {
+            Ok(receipt) => {
+                let done = finished.usage.outcome == Outcome::Done;
+                let credits = receipt.credits;
+                out.push(Effect::Send(
+                    node,
+                    ToNode::Settled {
+                        key,
+                        receipt: Some(receipt),
+                        why: String::new(),
+                    },
+                ));
+                self.follow(now, key, node, &finished, done, credits, out);
+            }
+            Err(why) => {
+                // The trail holds, but the book refuses: the part must not be lost over it.
+                out.push(Effect::Log(format!("{key} could not be settled: {why}")));
+                out.push(settled(why.clone()));
+                self.retry(now, key, &node, why, true, out);
+            }
+        }
+    }
+
+    /// Is this the one attempt that counts, as its node tells it?
+    fn counts(&self, key: &LeaseKey, node: NodeId, finished: &FinishedLease) -> Result<(), String> {
+        let job = self
+            .jobs
+            .get(&key.job)
+            .ok_or("no such job is known here any more")?;
+        let part = job
+            .parts
+            .get(key.part as usize)
+            .ok_or("the job has no such part")?;
+        if part.fence != key.fence || part.settled >= key.fence {
+            return Err("another attempt counts".into());
+        }
+        let plan = part.plan.as_ref().ok_or("the part was never placed")?;
+        if plan.chosen.node != node {
+            return Err("the part was placed on another node".into());
+        }
+        let lease = &finished.lease;
+        let same = lease.first_item == part.first_item
+            && lease.items == part.items
+            && lease.device_class == plan.chosen.device_class
+            && lease.devices == 1
+            && lease.rate <= plan.chosen.rate
+            && lease.device_ms_max <= self.limit_of(plan.chosen.rate, part)
+            && self
+                .members
+                .get(&node.0)
+                .is_some_and(|m| m.institution == lease.institution);
+        if !same {
+            return Err("the lease is not the one that was asked for".into());
+        }
+        check_trail(&job.order, lease, &finished.readings, &finished.usage).map_err(|e| e.to_string())
+    }
+
+    /// Countersigns and posts: the receipt, the balanced entry and the part's new state are one transaction.
+    fn bill(
+        &mut self,
+        now: Now,
+        key: &LeaseKey,
+        finished: &FinishedLease,
+        out: &mut Vec<Effect>,
+    ) -> Result<Verified<Receipt>, String> {
+        let (lease, usage) = (&finished.lease, &finished.usage);
+        let Some(job) = self.jobs.get(&key.job) else {
+            return Err("no such job".into());
+        };
+        let Some(part) = job.parts.get(key.part as usize) else {
+            return Err("no such part".into());
+        };
+        let observed = Millis(now.utc.0.saturating_sub(part.asked_at.0))
+            .0
+            .saturating_mul(lease.devices.into());
+        let tolerated = observed
+            .saturating_add(observed / 100 * TOLERANCE_PERCENT)
+            .saturating_add(TOLERANCE.0);
+        let mut flags = Vec::new();
+        let mut billed = usage.meters.device_ms;
+        if billed.0 > tolerated {
+            flags.push(Flag::LongerThanObserved);
+            billed = DeviceMillis(tolerated);
+        }
+        if billed > lease.device_ms_max {
+            flags.push(Flag::OverLease);
+            billed = lease.device_ms_max;
+        }
+        let done = usage.outcome == Outcome::Done && !part.state.ended();
+        let mut credits = lease.rate.bill(billed).unwrap_or(Credits(u64::MAX));
+        if !done {
+            flags.push(Flag::NotDone);
+            billed = DeviceMillis::ZERO;
+            credits = Credits::ZERO;
+        }
+        if credits > part.ceiling {
+            flags.push(Flag::CutToCeiling);
+            credits = part.ceiling;
+        }
+        let receipt = Receipt {
+            usage: usage.id(),
+            lease: lease.id(),
+            job: key.job,
+            scheduler: self.id,
+            node: lease.node,
+            node_institution: lease.institution.clone(),
+            user: job.order.user,
+            user_institution: job.order.institution.clone(),
+            observed: DeviceMillis(observed),
+            billed,
+            credits,
+            flags,
+            issued_at: now.utc,
+        };
+        let receipt = Signed::sign(receipt, &self.config.secret);
+        let mut evidence = vec![job.order.encode(), lease.encode()];
+        evidence.extend(finished.readings.iter().map(Verified::encode));
+        evidence.push(usage.encode());
+        evidence.push(receipt.encode());
+        let (from, to) = (
+            Account::Escrow(key.job),
+            Account::Institution(lease.institution.clone()),
+        );
+        let posting = Posting::transfer(PostingKind::Settle, from, to, credits, evidence)
+            .ok_or("the bill is too large for an account")?;
+        self.accounts.apply(&posting).map_err(|e| e.to_string())?;
+        out.push(Effect::Persist(vec![Change::Post { posting, at: now.utc }]));
+        let Some(part) = self.part_mut(key) else {
+            return Err("no such part".into());
+        };
+        part.settled = key.fence;
+        part.receipt = Some(receipt.id());
+        part.meters = usage.meters;
+        part.credits = credits;
+        Ok(receipt)
+    }
+
+    /// What a settled attempt means for its part and its job.
+    #[allow(clippy::too_many_arguments)]
+    fn follow(
+        &mut self,
+        now: Now,
+        key: LeaseKey,
+        node: NodeId,
+        finished: &FinishedLease,
+        done: bool,
+        credits: Credits,
+        out: &mut Vec<Effect>,
+    ) {
+        let usage = &finished.usage;
+        let Some(job) = self.jobs.get_mut(&key.job) else {
+            return;
+        };
+        job.spent = job.spent.saturating_add(credits);
+        let kind = job.order.work.kind();
+        let Some(part) = job.parts.get_mut(key.part as usize) else {
+            return;
+        };
+        if part.state.ended() {
+            // Called off meanwhile; only the record was still missing.
+            let state = part.state;
+            let cause = part.cause.clone();
+            self.set_part(now, &key, state, cause, out);
+            return;
+        }
+        if done {
+            part.result = usage.result;
+            part.items_done = part.items;
+            self.market
+                .note_success(&node, kind, measured(kind, &usage.meters));
+            self.set_part(now, &key, JobState::Done, String::new(), out);
+            let Some(job) = self.jobs.get_mut(&key.job) else {
+                return;
+            };
+            if job.state_of_parts() == JobState::Done {
+                job.state = JobState::Done;
+                job.cause.clear();
+                self.close(now, key.job, out);
+            } else {
+                let change = put(JOBS, &key.job.0.0, job);
+                out.push(Effect::Persist(vec![change]));
+            }
+            return;
+        }
+        let name = self.name(&node);
+        match usage.outcome {
+            // Announced reclaim never costs reputation, nor one of the job's attempts.
+            Outcome::Reclaimed => self.retry(
+                now,
+                key,
+                &node,
+                format!("{name} was taken back by its owner"),
+                false,
+                out,
+            ),
+            Outcome::Failed if !usage.retryable => self.fail_job(now, key, usage.cause.clone(), out),
+            _ => {
+                self.market.note_failure(&node);
+                self.retry(now, key, &node, format!("{name}: {}", usage.cause), true, out);
+            }
+        }
+    }
+
+    /// The rate a part would bill at most, for views.
+    pub(super) fn rate_of(part: &Part) -> Rate {
+        part.plan.as_ref().map_or(Rate::FREE, |plan| plan.chosen.rate)
+    }
+}
+
+/// Speed shown by a finished lease; too short ones tell nothing.
+fn measured(kind: WorkKind, meters: &Meters) -> Option<Speed> {
+    let units = match kind {
+        // A no-op's time is given, not achieved.
+        WorkKind::Noop => return None,
+        WorkKind::Embed | WorkKind::Generate => meters.tokens_in.saturating_add(meters.tokens_out),
+    };
+    if meters.device_ms.0 < 50 || units == 0 {
+        return None;
+    }
+    let milli = u128::from(units) * 1_000_000 / u128::from(meters.device_ms.0);
+    Some(Speed(u64::try_from(milli).unwrap_or(u64::MAX)))
+}

@@ -1,0 +1,260 @@
+//! Jobs and their parts, as they are believed and stored.
+use super::view::LogLine;
+use crate::{
+    artifact::ArtifactRef,
+    id::{Fence, JobId, LeaseKey, PartIndex, RecordId},
+    key::NodeId,
+    placement::Plan,
+    prelude::*,
+    records::{Meters, Order, PARTS_MAX, Verified, Work},
+    unit::{Bytes, Credits, Millis, MonoMillis, UtcMillis},
+};
+use serde::{Deserialize, Serialize};
+
+pub(super) const JOBS: &str = "jobs";
+pub(super) const PARTS: &str = "parts";
+
+/// The most lines of history one job keeps; the first and the latest stay.
+const LOG_MAX: usize = 200;
+
+/// Where a job or a part stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum JobState {
+    /// Waiting for a node.
+    Queued,
+    /// A node was chosen and asked.
+    Placed,
+    /// The node fetches what it needs.
+    Fetching,
+    /// The worker works.
+    Running,
+    /// Finished, with results.
+    Done,
+    /// Given up.
+    Failed,
+    /// Called off.
+    Cancelled,
+}
+
+impl JobState {
+    /// The wire name.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Queued => "queued",
+            Self::Placed => "placed",
+            Self::Fetching => "fetching",
+            Self::Running => "running",
+            Self::Done => "done",
+            Self::Failed => "failed",
+            Self::Cancelled => "cancelled",
+        }
+    }
+
+    /// Nothing will change it any more.
+    pub fn ended(self) -> bool {
+        matches!(self, Self::Done | Self::Failed | Self::Cancelled)
+    }
+}
+
+/// The same seven words serve jobs and parts.
+pub type PartState = JobState;
+
+/// One job.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Job {
+    /// Which: the id of its order.
+    pub id: JobId,
+    /// Its order.
+    pub order: Verified<Order>,
+    /// What the user calls it.
+    pub label: String,
+    /// When it was accepted.
+    pub submitted_at: UtcMillis,
+    /// When its state last changed.
+    pub changed_at: UtcMillis,
+    /// Where it stands.
+    pub state: JobState,
+    /// Why.
+    pub cause: String,
+    /// Set aside for it at submit.
+    pub reserved: Credits,
+    /// Billed so far.
+    pub spent: Credits,
+    /// Its history, bounded.
+    pub log: Vec<LogLine>,
+    /// Stored row by row, beside the job.
+    #[serde(skip)]
+    pub parts: Vec<Part>,
+}
+
+/// One part of a job: the unit that is placed, leased and billed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Part {
+    /// First item.
+    pub first_item: u64,
+    /// Items.
+    pub items: u64,
+    /// What it may cost at most; the parts' ceilings sum to at most the job's.
+    pub ceiling: Credits,
+    /// Where it stands.
+    pub state: PartState,
+    /// Why.
+    pub cause: String,
+    /// When its state last changed.
+    pub changed_at: UtcMillis,
+    /// The latest attempt; 0 before the first.
+    pub fence: Fence,
+    /// The latest attempt that was settled.
+    pub settled: Fence,
+    /// Attempts that failed or vanished. Refusals and announced reclaims do not count.
+    pub failures: u32,
+    /// Nodes that failed at it; tried again only when no other is left.
+    pub avoid: Vec<NodeId>,
+    /// Where the latest attempt was placed, and what else there was.
+    pub plan: Option<Plan>,
+    /// When the latest ask went out.
+    pub asked_at: UtcMillis,
+    /// What the attempt that counts used.
+    pub meters: Meters,
+    /// What was billed.
+    pub credits: Credits,
+    /// Its result.
+    pub result: Option<ArtifactRef>,
+    /// Its receipt.
+    pub receipt: Option<RecordId>,
+    /// Items finished so far.
+    #[serde(skip)]
+    pub items_done: u64,
+    /// Not to be placed before.
+    #[serde(skip)]
+    pub(super) not_before: MonoMillis,
+}
+
+impl Part {
+    pub(super) fn in_flight(&self) -> bool {
+        matches!(
+            self.state,
+            JobState::Placed | JobState::Fetching | JobState::Running
+        )
+    }
+}
+
+impl Job {
+    /// Cuts an order into parts. `slots` is how many parts could run at once now.
+    pub(super) fn new(order: Verified<Order>, label: String, at: UtcMillis, slots: u64) -> Self {
+        let items = order.items;
+        let per_part = match u64::from(order.items_per_part) {
+            // Two parts for each slot let a faster node take more; parts under 16 items cost more than they bring.
+            0 => items
+                .div_ceil((slots * 2).clamp(1, PARTS_MAX))
+                .max(items.min(16))
+                .max(items.div_ceil(PARTS_MAX)),
+            wanted => wanted,
+        };
+        let count = items.div_ceil(per_part);
+        let parts = (0..count)
+            .map(|i| {
+                let first_item = i * per_part;
+                let part_items = per_part.min(items - first_item);
+                // Rounded down, so that all of them fit under the job's ceiling.
+                let ceiling = u128::from(order.credits_max.0) * u128::from(part_items) / u128::from(items);
+                Part {
+                    first_item,
+                    items: part_items,
+                    ceiling: Credits(u64::try_from(ceiling).unwrap_or(u64::MAX)),
+                    state: JobState::Queued,
+                    cause: String::new(),
+                    changed_at: at,
+                    fence: 0,
+                    settled: 0,
+                    failures: 0,
+                    avoid: Vec::new(),
+                    plan: None,
+                    asked_at: at,
+                    meters: Meters::default(),
+                    credits: Credits::ZERO,
+                    result: None,
+                    receipt: None,
+                    items_done: 0,
+                    not_before: MonoMillis::ZERO,
+                }
+            })
+            .collect();
+        Self {
+            id: JobId(order.id()),
+            reserved: order.credits_max,
+            order,
+            label,
+            submitted_at: at,
+            changed_at: at,
+            state: JobState::Queued,
+            cause: String::new(),
+            spent: Credits::ZERO,
+            log: Vec::new(),
+            parts,
+        }
+    }
+
+    pub(super) fn key(&self, part: PartIndex) -> LeaseKey {
+        LeaseKey {
+            job: self.id,
+            part,
+            fence: self.parts.get(part as usize).map_or(0, |p| p.fence),
+        }
+    }
+
+    /// Adds a line to the history; in the middle, old lines make room.
+    pub(super) fn note(&mut self, at: UtcMillis, part: Option<PartIndex>, text: String) {
+        if self.log.len() >= LOG_MAX {
+            self.log.remove(LOG_MAX / 4);
+        }
+        self.log.push(LogLine { at, part, text });
+    }
+
+    /// The state that follows from the parts: the most advanced of those still open, or how they ended.
+    pub(super) fn state_of_parts(&self) -> JobState {
+        let open = self.parts.iter().map(|p| p.state).filter(|s| !s.ended()).max();
+        match open {
+            Some(state) => state,
+            None if self.parts.iter().any(|p| p.state == JobState::Failed) => JobState::Failed,
+            None if self.parts.iter().any(|p| p.state == JobState::Cancelled) => JobState::Cancelled,
+            None => JobState::Done,
+        }
+    }
+
+    /// Work units and fixed time of `items` of this order, and the memory its worker needs: estimates for placement.
+    pub(super) fn work_of(order: &Order, items: u64) -> (u64, Millis, Bytes) {
+        // Four bytes of text make about a token in most scripts and tokenisers.
+        let share = u128::from(order.input.bytes.0) * u128::from(items) / u128::from(order.items.max(1));
+        let tokens = u64::try_from(share / 4).unwrap_or(u64::MAX).max(items);
+        let memory = |model: &ArtifactRef| {
+            Bytes(
+                model
+                    .bytes
+                    .0
+                    .saturating_add(model.bytes.0 / 4)
+                    .saturating_add(64 << 20),
+            )
+        };
+        match &order.work {
+            Work::Noop { millis_per_item } => (
+                items,
+                Millis(items.saturating_mul(u64::from(*millis_per_item))),
+                Bytes::ZERO,
+            ),
+            Work::Embed { model, .. } => (tokens, Millis::ZERO, memory(model)),
+            Work::Generate(g) => (
+                tokens.saturating_add(items.saturating_mul(g.max_tokens.into())),
+                Millis::ZERO,
+                memory(&g.model),
+            ),
+        }
+    }
+}
+
+pub(super) fn part_row(job: JobId, part: PartIndex) -> Vec<u8> {
+    let mut out = job.0.0.to_vec();
+    out.extend_from_slice(&part.to_be_bytes());
+    out
+}

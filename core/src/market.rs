@@ -1,0 +1,277 @@
+//! What a scheduler believes about nodes: offers until they expire, and what it has placed on them itself.
+//!
+//! Not here: choosing ([`crate::placement`]), promising (the agent alone grants).
+use crate::{
+    key::{NodeId, PublicKey},
+    prelude::*,
+    records::{Offer, Verified, WorkKind},
+    unit::{Millis, MonoMillis, Now, Speed, UtcMillis},
+};
+
+/// The most nodes one scheduler believes in; further offers are refused until some expire.
+pub const NODES_MAX: usize = 200_000;
+/// The longest an offer is believed, whatever it says of itself.
+pub const OFFER_TTL_MAX: Millis = Millis(3_600_000);
+/// How far ahead of our clock an offer may be dated.
+pub const CLOCK_SKEW_MAX: Millis = Millis(300_000);
+
+/// One node as the market sees it.
+#[derive(Debug, Clone)]
+pub struct Listing {
+    /// The latest offer.
+    pub offer: Verified<Offer>,
+    /// When it came.
+    pub heard_at: UtcMillis,
+    /// On our own clock: a node's wrong clock cannot keep it listed.
+    expires: MonoMillis,
+    /// Whether its control session stands; only then can it be asked.
+    pub connected: bool,
+    /// Devices we hold or have asked for, per entry of `offer.devices`.
+    ours: Vec<u32>,
+    /// Devices others hold, per entry of `offer.devices`, as far as the offer tells.
+    others: Vec<u32>,
+    /// Attempts that failed there since the last success.
+    pub failures: u32,
+    /// Speeds measured from finished leases, which win over what the offer claims.
+    measured: BTreeMap<WorkKind, Speed>,
+}
+
+impl Listing {
+    /// Free devices of entry `device`, as far as we know: what is not ours nor, at the last offer, others'.
+    pub fn free(&self, device: usize) -> u32 {
+        let count = self.offer.devices.get(device).map_or(0, |d| d.count);
+        let held =
+            self.ours.get(device).copied().unwrap_or(0) + self.others.get(device).copied().unwrap_or(0);
+        count.saturating_sub(held)
+    }
+
+    /// Measured speed at that kind of work, else the offered one. `None` when it has no such engine.
+    pub fn speed(&self, kind: WorkKind) -> Option<Speed> {
+        let offered = self
+            .offer
+            .engines
+            .iter()
+            .filter(|e| e.work == kind)
+            .map(|e| e.speed)
+            .max()?;
+        Some(self.measured.get(&kind).copied().unwrap_or(offered))
+    }
+
+    /// Devices of ours there, in all.
+    pub fn ours(&self) -> u32 {
+        self.ours.iter().sum()
+    }
+}
+
+/// Why an offer was not believed.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum OfferError {
+    /// It came over another node's connection.
+    #[error("describes node {node}, but came from {from}")]
+    Foreign {
+        /// Whom it describes, shortened.
+        node: String,
+        /// Who sent it, shortened.
+        from: String,
+    },
+    /// A later one is known.
+    #[error("has sequence {got}, but {known} is known already")]
+    Stale {
+        /// Its sequence.
+        got: u64,
+        /// The known one.
+        known: u64,
+    },
+    /// Its time has passed, or its clock is far ahead.
+    #[error("is dated wrongly: {why}; check the node's clock")]
+    Dated {
+        /// What is wrong.
+        why: String,
+    },
+    /// The market is full.
+    #[error("cannot be kept: {NODES_MAX} nodes are listed already")]
+    Full,
+}
+
+/// All nodes a scheduler has heard of lately.
+#[derive(Debug, Clone, Default)]
+pub struct Market {
+    nodes: BTreeMap<NodeId, Listing>,
+    /// Sessions of nodes whose offer has not arrived yet.
+    waiting: BTreeSet<NodeId>,
+}
+
+impl Market {
+    /// Every listed node, by id.
+    pub fn iter(&self) -> impl Iterator<Item = (&NodeId, &Listing)> {
+        self.nodes.iter()
+    }
+
+    /// How many nodes are listed.
+    pub fn len(&self) -> usize {
+        self.nodes.len()
+    }
+
+    /// No node is listed.
+    pub fn is_empty(&self) -> bool {
+        self.nodes.is_empty()
+    }
+
+    /// One node.
+    pub fn get(&self, node: &NodeId) -> Option<&Listing> {
+        self.nodes.get(node)
+    }
+
+    /// Believes an offer until it expires, or says why not.
+    pub fn hear(&mut self, now: Now, from: PublicKey, offer: Verified<Offer>) -> Result<(), OfferError> {
+        let node = offer.node;
+        if node.0 != from {
+            return Err(OfferError::Foreign {
+                node: node.short(),
+                from: from.short(),
+            });
+        }
+        if offer.issued_at > now.utc.after(CLOCK_SKEW_MAX) {
+            return Err(OfferError::Dated {
+                why: "it was issued in the future".into(),
+            });
+        }
+        if offer.expires_at <= now.utc {
+            return Err(OfferError::Dated {
+                why: "it has expired".into(),
+            });
+        }
+        let left = Millis(offer.expires_at.0 - now.utc.0).min(OFFER_TTL_MAX);
+        let before = self.nodes.remove(&node);
+        if let Some(known) = &before
+            && known.offer.sequence >= offer.sequence
+        {
+            let error = OfferError::Stale {
+                got: offer.sequence,
+                known: known.offer.sequence,
+            };
+            self.nodes.extend(before.map(|listing| (node, listing)));
+            return Err(error);
+        }
+        if before.is_none() && self.nodes.len() >= NODES_MAX {
+            return Err(OfferError::Full);
+        }
+        let ours_of = |class: &str| {
+            let Some(known) = &before else { return 0 };
+            let at = known.offer.devices.iter().position(|d| d.class == class);
+            at.and_then(|i| known.ours.get(i)).copied().unwrap_or(0)
+        };
+        let ours: Vec<u32> = offer.devices.iter().map(|d| ours_of(&d.class)).collect();
+        let others = offer
+            .devices
+            .iter()
+            .zip(&ours)
+            .map(|(d, ours)| (d.count - d.free).saturating_sub(*ours))
+            .collect();
+        let connected = before
+            .as_ref()
+            .map_or_else(|| self.waiting.remove(&node), |known| known.connected);
+        let (failures, measured) = before
+            .map(|known| (known.failures, known.measured))
+            .unwrap_or_default();
+        let listing = Listing {
+            offer,
+            heard_at: now.utc,
+            expires: now.mono.after(left),
+            connected,
+            ours,
+            others,
+            failures,
+            measured,
+        };
+        self.nodes.insert(node, listing);
+        Ok(())
+    }
+
+    /// Notes whether a node's control session stands.
+    pub fn set_connected(&mut self, node: NodeId, connected: bool) {
+        match self.nodes.get_mut(&node) {
+            Some(listing) => listing.connected = connected,
+            None if connected && self.waiting.len() < NODES_MAX => {
+                self.waiting.insert(node);
+            }
+            None => {
+                self.waiting.remove(&node);
+            }
+        }
+    }
+
+    /// Forgets offers whose time has passed; gives back who they were.
+    pub fn expire(&mut self, now: MonoMillis) -> Vec<NodeId> {
+        let gone: Vec<NodeId> = self
+            .nodes
+            .iter()
+            .filter(|(_, listing)| listing.expires <= now)
+            .map(|(node, _)| *node)
+            .collect();
+        for node in &gone {
+            if self.nodes.remove(node).is_some_and(|listing| listing.connected) {
+                self.waiting.insert(*node);
+            }
+        }
+        gone
+    }
+
+    /// When the next offer expires.
+    pub fn next_expiry(&self) -> Option<MonoMillis> {
+        self.nodes.values().map(|listing| listing.expires).min()
+    }
+
+    /// Counts devices of `class` as ours.
+    pub fn take(&mut self, node: &NodeId, class: &str, devices: u32) {
+        self.on_class(node, class, |ours, _, _| *ours = ours.saturating_add(devices));
+    }
+
+    /// Gives them back.
+    pub fn give_back(&mut self, node: &NodeId, class: &str, devices: u32) {
+        self.on_class(node, class, |ours, _, _| *ours = ours.saturating_sub(devices));
+    }
+
+    /// The node says it has none free, whatever we believed: so it is until its next offer.
+    pub fn mark_full(&mut self, node: &NodeId, class: &str) {
+        self.on_class(node, class, |ours, others, count| {
+            *others = count.saturating_sub(*ours)
+        });
+    }
+
+    fn on_class(&mut self, node: &NodeId, class: &str, change: impl FnOnce(&mut u32, &mut u32, u32)) {
+        let Some(listing) = self.nodes.get_mut(node) else {
+            return;
+        };
+        let Some(i) = listing.offer.devices.iter().position(|d| d.class == class) else {
+            return;
+        };
+        change(
+            &mut listing.ours[i],
+            &mut listing.others[i],
+            listing.offer.devices[i].count,
+        );
+    }
+
+    /// Notes that an attempt failed there.
+    pub fn note_failure(&mut self, node: &NodeId) {
+        if let Some(listing) = self.nodes.get_mut(node) {
+            listing.failures = listing.failures.saturating_add(1);
+        }
+    }
+
+    /// Notes that a lease finished there at that speed; measured speeds move a quarter of the way at each.
+    pub fn note_success(&mut self, node: &NodeId, kind: WorkKind, speed: Option<Speed>) {
+        let Some(listing) = self.nodes.get_mut(node) else {
+            return;
+        };
+        listing.failures = 0;
+        if let Some(speed) = speed {
+            let before = listing.measured.get(&kind).copied().unwrap_or(speed);
+            let moved = (u128::from(before.0) * 3 + u128::from(speed.0)) / 4;
+            listing
+                .measured
+                .insert(kind, Speed(u64::try_from(moved).unwrap_or(u64::MAX).max(1)));
+        }
+    }
+}
