@@ -106,6 +106,19 @@ pub(crate) struct Undo {
     change: Change,
 }
 
+impl Undo {
+    /// Moves the credits of the append in another copy of the accounts.
+    pub(crate) fn repeat(&self, accounts: &mut Accounts) {
+        let posting = Posting {
+            kind: PostingKind::Release,
+            legs: self.legs.clone(),
+            evidence: Vec::new(),
+        };
+        let result = accounts.apply(&posting);
+        debug_assert_eq!(result, Ok(()));
+    }
+}
+
 /// The hash that the first entry of `scheduler`'s ledger names.
 pub fn genesis(scheduler: SchedulerId) -> Digest {
     Digest(blake3::derive_key("karez-ledger/1 genesis", &scheduler.0.0))
@@ -214,30 +227,31 @@ impl Book {
 
     /// Takes over an entry from elsewhere after checking everything about it.
     pub fn replay(&mut self, entry: &Entry) -> Result<(), BookError> {
-        self.follows(entry)?;
+        self.follows(entry.seq, entry.previous)?;
         self.append(entry.at, entry.posting.clone()).map(drop)
     }
 
     /// As [`Book::replay`] but without the signatures: for entries from one's own disk that were checked when posted.
     pub fn recall(&mut self, entry: &Entry) -> Result<(), BookError> {
         let scheduler = self.scheduler.ok_or(BookError::NoLedger)?;
-        self.follows(entry)?;
+        self.follows(entry.seq, entry.previous)?;
         let examined = recall(entry.posting.clone(), scheduler)?;
         self.append_examined(entry.at, examined).map(drop)
     }
 
-    fn follows(&self, entry: &Entry) -> Result<(), BookError> {
-        if entry.seq != self.entries {
+    /// Would an entry with this number and predecessor be the next one?
+    pub(crate) fn follows(&self, seq: u64, previous: Digest) -> Result<(), BookError> {
+        if seq != self.entries {
             return Err(BookError::Sequence {
                 expected: self.entries,
-                found: entry.seq,
+                found: seq,
             });
         }
-        if entry.previous != self.head {
+        if previous != self.head {
             return Err(BookError::Previous {
-                seq: entry.seq,
+                seq,
                 expected: self.head,
-                found: entry.previous,
+                found: previous,
             });
         }
         Ok(())
@@ -257,7 +271,7 @@ pub fn balances_digest(accounts: &Accounts) -> Digest {
     Digest(*hasher.finalize().as_bytes())
 }
 
-fn hash_of(encoded: &[u8]) -> Digest {
+pub(crate) fn hash_of(encoded: &[u8]) -> Digest {
     Digest(blake3::derive_key("karez-ledger/1 entry", encoded))
 }
 

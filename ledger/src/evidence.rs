@@ -13,8 +13,8 @@
 //! needs no book. What depends on earlier entries (a lease settles once, a part is done once, no job settles more
 //! than it reserved) is checked by the book in the order of its entries.
 use karez_core::{
-    id::{Digest, Institution, JobId, LeaseKey, RecordId},
-    key::{PublicKey, SchedulerId, UserId},
+    id::{Institution, JobId, LeaseKey, RecordId},
+    key::{SchedulerId, UserId},
     money::{Account, Accounts, Posting, PostingKind},
     records::{
         Flag, Invitation, Lease, MeterReading, Order, Outcome, Receipt, Record, RecordError, Role, Signed,
@@ -291,7 +291,7 @@ pub(crate) struct Settled {
 }
 
 impl Claim {
-    /// How many records were verified.
+    /// Of a settlement: whom it pays what.
     pub(crate) fn settled(&self) -> Option<&Settled> {
         match self {
             Self::Settle(settled) => Some(settled),

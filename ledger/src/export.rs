@@ -1,7 +1,36 @@
-//! The ledger as a file that anyone can check.
-use crate::{book::Entry, store::StoreError};
-use karez_core::{id::Digest, key::SecretKey, unit::UtcMillis};
+//! The ledger as a file that anyone can check with [`crate::verify()`], from the file and public keys alone.
+//!
+//! Lines of JSON, each ended by one newline, each in exactly one way of writing it (no spaces, fields in this order):
+//!
+//! ```text
+//! {"format":"karez-ledger/1","scheduler":KEY,"created":MS}
+//! {"seq":0,"previous":HASH,"hash":HASH,"at":MS,"kind":"grant","legs":[[ACCOUNT,MICROCREDITS],…],"evidence":[BASE64,…]}
+//! …
+//! {"entries":N,"head":HASH,"balances":HASH,"lines":HASH,"signature":HEX}
+//! ```
+//!
+//! Hashes and keys are lower-case hex; evidence is standard base64 of record envelopes. `lines` is the BLAKE3 of every
+//! byte before the trailer; `signature` is the scheduler's Ed25519 signature over the text
+//! `KarezLedgerV1 trailer SCHEDULER CREATED ENTRIES HEAD BALANCES LINES`. Hashes of entries and balances are defined in
+//! [`crate::book`].
+use crate::{
+    book::{Book, BookError, ENTRY_BYTES_MAX, Entry, balances_digest},
+    store::StoreError,
+};
+use base64::{Engine, prelude::BASE64_STANDARD};
+use karez_core::{
+    id::Digest,
+    key::{PublicKey, SchedulerId, SecretKey, sign},
+    money::{Account, PostingKind},
+    unit::UtcMillis,
+};
+use serde::{Deserialize, Serialize};
 use std::io::Write;
+
+/// The first field of every export.
+pub const FORMAT: &str = "karez-ledger/1";
+/// The longest line, in bytes: base64 makes four of three.
+pub const LINE_BYTES_MAX: usize = ENTRY_BYTES_MAX / 3 * 4 + 64 * 1024;
 
 /// Why an export failed.
 #[derive(Debug, thiserror::Error)]
@@ -15,7 +44,7 @@ pub enum ExportError {
         /// Which entry.
         seq: u64,
         /// Which rule.
-        why: crate::BookError,
+        why: BookError,
     },
     /// Writing failed.
     #[error("cannot write the export: {0}")]
@@ -29,15 +58,121 @@ pub struct Exported {
     pub entries: u64,
     /// Hash of the last one.
     pub head: Digest,
+    /// Digest of all balances.
+    pub balances: Digest,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Header {
+    pub(crate) format: String,
+    pub(crate) scheduler: SchedulerId,
+    pub(crate) created: UtcMillis,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Line {
+    pub(crate) seq: u64,
+    pub(crate) previous: Digest,
+    pub(crate) hash: Digest,
+    pub(crate) at: UtcMillis,
+    pub(crate) kind: PostingKind,
+    pub(crate) legs: Vec<(Account, i64)>,
+    pub(crate) evidence: Vec<String>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Trailer {
+    pub(crate) entries: u64,
+    pub(crate) head: Digest,
+    pub(crate) balances: Digest,
+    pub(crate) lines: Digest,
+    pub(crate) signature: String,
+}
+
+impl Trailer {
+    /// What the scheduler signs.
+    pub(crate) fn message(&self, scheduler: SchedulerId, created: UtcMillis) -> String {
+        let Self {
+            entries,
+            head,
+            balances,
+            lines,
+            ..
+        } = self;
+        let created = created.0;
+        format!("KarezLedgerV1 trailer {scheduler} {created} {entries} {head} {balances} {lines}")
+    }
+}
+
+/// A line with its newline.
+pub(crate) fn to_line<T: Serialize>(value: &T) -> Result<Vec<u8>, serde_json::Error> {
+    let mut line = serde_json::to_vec(value)?;
+    line.push(b'\n');
+    Ok(line)
 }
 
 /// Writes the ledger of `secret`'s owner as lines of JSON: a header, every entry from the first, a signed trailer.
+///
+/// `entries` is read as it is written, so memory stays small; wrap `out` in a `BufWriter`. Signatures of records are
+/// not checked again here: that is the verifier's work.
 pub fn export(
     out: &mut dyn Write,
     secret: &SecretKey,
     created: UtcMillis,
     entries: impl Iterator<Item = Result<Entry, StoreError>>,
 ) -> Result<Exported, ExportError> {
-    let _ = (out, secret, created, entries.count());
-    todo!()
+    let scheduler = SchedulerId(PublicKey::of(secret));
+    let mut lines = blake3::Hasher::new();
+    let mut put = |line: Vec<u8>| {
+        lines.update(&line);
+        out.write_all(&line)
+    };
+    let header = Header {
+        format: FORMAT.to_owned(),
+        scheduler,
+        created,
+    };
+    put(to_line(&header).map_err(std::io::Error::from)?)?;
+    let mut book = Book::new(scheduler);
+    for entry in entries {
+        let entry = entry?;
+        let seq = entry.seq;
+        book.recall(&entry)
+            .map_err(|why| ExportError::Entry { seq, why })?;
+        let line = Line {
+            seq,
+            previous: entry.previous,
+            hash: book.head(),
+            at: entry.at,
+            kind: entry.posting.kind,
+            legs: entry.posting.legs,
+            evidence: entry
+                .posting
+                .evidence
+                .iter()
+                .map(|e| BASE64_STANDARD.encode(e))
+                .collect(),
+        };
+        put(to_line(&line).map_err(std::io::Error::from)?)?;
+    }
+    let exported = Exported {
+        entries: book.entries(),
+        head: book.head(),
+        balances: balances_digest(book.accounts()),
+    };
+    let mut trailer = Trailer {
+        entries: exported.entries,
+        head: exported.head,
+        balances: exported.balances,
+        lines: Digest(*lines.finalize().as_bytes()),
+        signature: String::new(),
+    };
+    let message = trailer.message(scheduler, created);
+    trailer.signature = hex::encode(sign(secret, message.as_bytes()));
+    out.write_all(&to_line(&trailer).map_err(std::io::Error::from)?)?;
+    out.flush()?;
+    Ok(exported)
 }

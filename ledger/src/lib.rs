@@ -9,9 +9,11 @@
 //! Start at [`writer::Writer`] to keep a ledger, at [`verify::verify`] to check one.
 
 pub mod book;
+mod change;
 pub mod evidence;
 pub mod export;
 pub mod journal;
+mod recovery;
 pub mod store;
 pub mod verify;
 pub mod writer;

@@ -1,6 +1,18 @@
-//! Errors of the durable store, and the index beside the journal.
+//! The index beside the journal: rows and entries by key, behind one trait.
+//!
+//! The journal is the truth: a transaction is committed when its frame is on disk there. The index receives it right
+//! after, in one atomic step, and is made durable from time to time. It carries the number of the last transaction it
+//! contains, so that opening hands it exactly what it misses; when it lost more than that, or is damaged, it is
+//! rebuilt from the journal. The other way round, an intact index replaces a journal that went bad in the middle.
 use crate::book::BookError;
-use std::{collections::BTreeMap, path::PathBuf};
+pub use crate::change::{Change, Step};
+use karez_core::key::SchedulerId;
+use std::{
+    collections::BTreeMap,
+    fs::File,
+    io,
+    path::{Path, PathBuf},
+};
 
 /// All tables: name → key → value.
 pub type Table = BTreeMap<Vec<u8>, Vec<u8>>;
@@ -17,6 +29,40 @@ impl Tables {
             .into_iter()
             .flatten()
             .map(|(key, value)| (key.as_slice(), value.as_slice()))
+    }
+
+    pub(crate) fn apply(&mut self, step: &Step) {
+        match step {
+            Step::Put { table, key, value } => {
+                let rows = self.0.entry(table.clone()).or_default();
+                rows.insert(key.clone(), value.clone());
+            }
+            Step::Delete { table, key } => {
+                if let Some(rows) = self.0.get_mut(table) {
+                    rows.remove(key);
+                    if rows.is_empty() {
+                        self.0.remove(table);
+                    }
+                }
+            }
+            Step::Entry { .. } => {}
+        }
+    }
+
+    /// Every row as a step that sets it.
+    pub(crate) fn steps(&self) -> impl Iterator<Item = Step> {
+        self.0.iter().flat_map(|(table, rows)| {
+            rows.iter().map(move |(key, value)| Step::Put {
+                table: table.clone(),
+                key: key.clone(),
+                value: value.clone(),
+            })
+        })
+    }
+
+    /// How many rows there are in all.
+    pub(crate) fn count(&self) -> u64 {
+        self.0.values().map(|rows| rows.len() as u64).sum()
     }
 
     /// One value.
@@ -42,6 +88,12 @@ pub enum StoreError {
         bytes: usize,
         /// The limit.
         max: usize,
+    },
+    /// Not a name for a table.
+    #[error("{table:?} cannot name a table: use 1 to 64 bytes without a zero")]
+    TableName {
+        /// What was given.
+        table: String,
     },
     /// No room; nothing of the transaction happened.
     #[error("no room on the disk of {}: free at least {needed} bytes there; later commits will then work", path.display())]
@@ -85,7 +137,174 @@ pub enum StoreError {
         /// What it said.
         why: String,
     },
+    /// The directory keeps another scheduler's ledger.
+    #[error("{} keeps the ledger of scheduler {found}: open it with that key, or choose another directory", path.display())]
+    OtherLedger {
+        /// The directory.
+        path: PathBuf,
+        /// Whose ledger it is.
+        found: SchedulerId,
+    },
     /// The writer has stopped.
     #[error("the writer has stopped; restart the daemon")]
     Stopped,
+}
+
+impl StoreError {
+    pub(crate) fn io(path: &Path, doing: &'static str, error: &io::Error) -> Self {
+        Self::write(path, doing, error, 1)
+    }
+
+    /// As an error of writing `bytes` bytes, which may be for want of room.
+    pub(crate) fn write(path: &Path, doing: &'static str, error: &io::Error, bytes: u64) -> Self {
+        match error.kind() {
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Self::DiskFull {
+                path: path.to_owned(),
+                needed: bytes,
+            },
+            _ => Self::Io {
+                path: path.to_owned(),
+                doing,
+                why: error.to_string(),
+            },
+        }
+    }
+}
+
+/// What the writer needs of an index. All methods may block on the disk.
+pub trait Store: Send + Sync {
+    /// Applies all of `changes`, or nothing of them, and remembers the number of the last.
+    fn apply(&self, changes: &[Change]) -> Result<(), StoreError>;
+    /// Makes everything applied so far durable.
+    fn sync(&self) -> Result<(), StoreError>;
+    /// The number of the last change it contains; 0 when it is empty.
+    fn applied(&self) -> Result<u64, StoreError>;
+    /// All rows.
+    fn tables(&self) -> Result<Tables, StoreError>;
+    /// Encoded entries from number `from` on: at most `count`, fewer only at the end.
+    fn entries(&self, from: u64, count: usize) -> Result<Vec<Vec<u8>>, StoreError>;
+}
+
+/// Opens or creates an index in a directory.
+pub type OpenStore = fn(&Path) -> Result<Box<dyn Store>, StoreError>;
+
+/// The index in sled: one tree, its keys prefixed by what they are.
+#[derive(Debug)]
+pub struct SledStore {
+    db: sled::Db,
+    path: PathBuf,
+}
+
+const APPLIED: &[u8] = b"m/applied";
+
+/// `e` and the number: entries lie in order.
+fn entry_key(seq: u64) -> [u8; 9] {
+    let mut key = [b'e'; 9];
+    key[1..].copy_from_slice(&seq.to_be_bytes());
+    key
+}
+
+/// `t`, the table, a zero, the key. Names of tables hold no zero.
+fn row_key(table: &str, key: &[u8]) -> Vec<u8> {
+    let mut out = Vec::with_capacity(2 + table.len() + key.len());
+    out.push(b't');
+    out.extend_from_slice(table.as_bytes());
+    out.push(0);
+    out.extend_from_slice(key);
+    out
+}
+
+impl SledStore {
+    /// As an [`OpenStore`]. May panic on a damaged directory: call it in a thread of its own.
+    pub fn open(dir: &Path) -> Result<Box<dyn Store>, StoreError> {
+        let db = sled::Config::new()
+            .path(dir)
+            .cache_capacity(64 << 20)
+            // The writer says when.
+            .flush_every_ms(None)
+            .open()
+            .map_err(|e| Self::fault(dir, &e))?;
+        Ok(Box::new(Self {
+            db,
+            path: dir.to_owned(),
+        }))
+    }
+
+    fn fault(path: &Path, error: &sled::Error) -> StoreError {
+        StoreError::Index {
+            path: path.to_owned(),
+            why: error.to_string(),
+        }
+    }
+
+    fn bad(&self, why: &str) -> StoreError {
+        StoreError::Index {
+            path: self.path.clone(),
+            why: why.to_owned(),
+        }
+    }
+}
+
+impl Store for SledStore {
+    fn apply(&self, changes: &[Change]) -> Result<(), StoreError> {
+        let mut batch = sled::Batch::default();
+        for change in changes {
+            for step in &change.steps {
+                match step {
+                    Step::Put { table, key, value } => batch.insert(row_key(table, key), value.as_slice()),
+                    Step::Delete { table, key } => batch.remove(row_key(table, key)),
+                    Step::Entry { seq, bytes } => batch.insert(&entry_key(*seq), bytes.as_slice()),
+                }
+            }
+            batch.insert(APPLIED, &change.number.to_be_bytes());
+        }
+        self.db
+            .apply_batch(batch)
+            .map_err(|e| Self::fault(&self.path, &e))
+    }
+
+    fn sync(&self) -> Result<(), StoreError> {
+        self.db.flush().map_err(|e| Self::fault(&self.path, &e))?;
+        // On Linux sled's own flush stops at the page cache's door: a power cut would lose what it reported done.
+        let file = self.path.join("db");
+        File::open(&file)
+            .and_then(|f| f.sync_data())
+            .map_err(|e| StoreError::io(&file, "sync it", &e))
+    }
+
+    fn applied(&self) -> Result<u64, StoreError> {
+        match self.db.get(APPLIED).map_err(|e| Self::fault(&self.path, &e))? {
+            None => Ok(0),
+            Some(value) => value
+                .as_ref()
+                .try_into()
+                .map(u64::from_be_bytes)
+                .map_err(|_| self.bad("its counter is not a number")),
+        }
+    }
+
+    fn tables(&self) -> Result<Tables, StoreError> {
+        let mut tables = Tables::default();
+        for row in self.db.scan_prefix(b"t") {
+            let (name, value) = row.map_err(|e| Self::fault(&self.path, &e))?;
+            let split = name.iter().position(|b| *b == 0);
+            let (table, key) = split
+                .and_then(|at| Some((std::str::from_utf8(name.get(1..at)?).ok()?, name.get(at + 1..)?)))
+                .ok_or_else(|| self.bad("a row has no table"))?;
+            let rows = tables.0.entry(table.to_owned()).or_default();
+            rows.insert(key.to_vec(), value.to_vec());
+        }
+        Ok(tables)
+    }
+
+    fn entries(&self, from: u64, count: usize) -> Result<Vec<Vec<u8>>, StoreError> {
+        self.db
+            .range(entry_key(from)..=entry_key(u64::MAX))
+            .take(count)
+            .map(|row| {
+                let (_, bytes) = row.map_err(|e| Self::fault(&self.path, &e))?;
+                Ok(bytes.to_vec())
+            })
+            .collect()
+    }
 }
