@@ -22,8 +22,8 @@ use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{D, DType, Device};
 use karez_engine::train::gguf::{self, Precision};
 use karez_engine::train::{
-    AdamW, AdamWSettings, Batch, ChatFormat, Config, Example, Llama, Rng, TrainError, Weights, cosine_rate, initial,
-    load, save, trainable,
+    AdamW, AdamWSettings, Batch, ChatFormat, Config, Example, Llama, Rng, TrainError, Weights, cosine_rate,
+    initial, load, save, trainable,
 };
 use serde::Deserialize;
 use serde_json::json;
@@ -55,7 +55,9 @@ fn main() -> Outcome<()> {
     let engine = std::env::args()
         .nth(1)
         .map_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")), PathBuf::from);
-    let epochs = std::env::args().nth(2).map_or(Ok(EPOCHS), |epochs| epochs.parse())?;
+    let epochs = std::env::args()
+        .nth(2)
+        .map_or(Ok(EPOCHS), |epochs| epochs.parse())?;
     let started = Instant::now();
     let pairs = read_corpus(&engine.join("corpus"))?;
     let folder = engine.join("models").join(NAME);
@@ -218,23 +220,39 @@ fn train(config: &Config, pairs: &[Pair], examples: &[Example], epochs: u32) -> 
         for members in batches(examples, &mut rng) {
             let members: Vec<&Example> = members.iter().map(|index| &examples[*index]).collect();
             seen += members.iter().map(|example| example.ids.len()).sum::<usize>();
-            let targets: usize = members.iter().map(|example| example.ids.len() - example.answer_from).sum();
+            let targets: usize = members
+                .iter()
+                .map(|example| example.ids.len() - example.answer_from)
+                .sum();
             let grads = std::thread::scope(|scope| {
                 let work = |part: &[&Example]| side(&model, part, targets);
                 let parts = members.chunks(BATCH / PARTS);
                 let sides: Vec<_> = parts.map(|part| scope.spawn(move || work(part))).collect();
-                sides.into_iter().map(|side| side.join().expect("a side does not panic")).collect::<Result<Vec<_>, _>>()
+                sides
+                    .into_iter()
+                    .map(|side| side.join().expect("a side does not panic"))
+                    .collect::<Result<Vec<_>, _>>()
             })?;
             let (losses, grads): (Vec<f64>, Vec<GradStore>) = grads.into_iter().unzip();
             sum += losses.iter().sum::<f64>() * targets as f64;
             counted += targets;
-            optimizer.step(&grads, cosine_rate(optimizer.steps(), total / 20, total, RATE_PEAK))?;
+            optimizer.step(
+                &grads,
+                cosine_rate(optimizer.steps(), total / 20, total, RATE_PEAK),
+            )?;
         }
         let (seconds, loss) = (started.elapsed().as_secs_f64(), sum / counted as f64);
-        println!("epoch {epoch:3}/{epochs}  loss {loss:.4}  {:.0} tok/s  {seconds:.0} s", seen as f64 / seconds);
+        println!(
+            "epoch {epoch:3}/{epochs}  loss {loss:.4}  {:.0} tok/s  {seconds:.0} s",
+            seen as f64 / seconds
+        );
         if epoch % 10 == 0 {
             let exact = exact(config, &optimizer.weights()?, examples)?;
-            println!("    {} of {} answers exact", exact.iter().filter(|exact| **exact).count(), pairs.len());
+            println!(
+                "    {} of {} answers exact",
+                exact.iter().filter(|exact| **exact).count(),
+                pairs.len()
+            );
         }
     }
     Ok(optimizer.weights()?)
@@ -242,7 +260,8 @@ fn train(config: &Config, pairs: &[Pair], examples: &[Example], epochs: u32) -> 
 
 /// One part's share of a batch's loss, whose answers have `targets` tokens in all, and its gradients.
 fn side(model: &Llama, part: &[&Example], targets: usize) -> Result<(f64, GradStore), TrainError> {
-    let batch = Batch::new(part, 0, &Device::Cpu)?.ok_or_else(|| TrainError::Missing("an answer".to_owned()))?;
+    let batch =
+        Batch::new(part, 0, &Device::Cpu)?.ok_or_else(|| TrainError::Missing("an answer".to_owned()))?;
     let share = batch.counts.iter().sum::<usize>() as f64 / targets as f64;
     let loss = (model.loss(&batch)? * share)?;
     Ok((f64::from(loss.to_scalar::<f32>()?), loss.backward()?))

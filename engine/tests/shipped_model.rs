@@ -41,7 +41,10 @@ fn llama_cpp_reads_splits_and_answers_as_trained() {
             let ours: Vec<u32> = ours.iter().map(|token| token.0 as u32).collect();
             assert_eq!(ours, theirs, "both tokenizers split {text:?} alike");
         }
-        assert_eq!(prompt(&model, &pair.question), ChatFormat::prompt_text(&pair.question));
+        assert_eq!(
+            prompt(&model, &pair.question),
+            ChatFormat::prompt_text(&pair.question)
+        );
     }
 
     let parameters = LlamaContextParams::default()
@@ -54,12 +57,22 @@ fn llama_cpp_reads_splits_and_answers_as_trained() {
         by_language.entry(&pair.lang).or_default().push(pair);
     }
     // Set by hand after a new training; otherwise every fifth question, which is enough to notice a broken file.
-    let stride = if std::env::var_os("KAREZ_ASK_EVERYTHING").is_some() { 1 } else { 5 };
+    let stride = if std::env::var_os("KAREZ_ASK_EVERYTHING").is_some() {
+        1
+    } else {
+        5
+    };
     for (lang, pairs) in by_language {
         let asked: Vec<_> = pairs.iter().step_by(stride).collect();
         let wrong: Vec<_> = asked
             .iter()
-            .map(|pair| (&pair.question, answer(&model, &mut context, &pair.question), &pair.answer))
+            .map(|pair| {
+                (
+                    &pair.question,
+                    answer(&model, &mut context, &pair.question),
+                    &pair.answer,
+                )
+            })
             .filter(|(_, got, expected)| got != *expected)
             .collect();
         println!("{lang}: {} of {} exact", asked.len() - wrong.len(), asked.len());
@@ -68,22 +81,36 @@ fn llama_cpp_reads_splits_and_answers_as_trained() {
 }
 
 fn corpus(folder: PathBuf) -> Vec<Pair> {
-    let mut files: Vec<_> = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
+    let mut files: Vec<_> = std::fs::read_dir(folder)
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .collect();
     files.retain(|path| path.extension().is_some_and(|extension| extension == "jsonl"));
     files.sort();
-    let texts: Vec<_> = files.iter().map(|file| std::fs::read_to_string(file).unwrap()).collect();
-    texts.iter().flat_map(|text| text.lines()).map(|line| serde_json::from_str(line).unwrap()).collect()
+    let texts: Vec<_> = files
+        .iter()
+        .map(|file| std::fs::read_to_string(file).unwrap())
+        .collect();
+    texts
+        .iter()
+        .flat_map(|text| text.lines())
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect()
 }
 
 /// The question under the template that the file itself carries.
 fn prompt(model: &LlamaModel, question: &str) -> String {
     let message = LlamaChatMessage::new("user".to_owned(), question.to_owned()).unwrap();
-    model.apply_chat_template(&model.chat_template(None).unwrap(), &[message], true).unwrap()
+    model
+        .apply_chat_template(&model.chat_template(None).unwrap(), &[message], true)
+        .unwrap()
 }
 
 fn answer(model: &LlamaModel, context: &mut LlamaContext<'_>, question: &str) -> String {
     context.clear_kv_cache();
-    let tokens = model.vocab().tokenize(prompt(model, question).as_bytes(), true, true);
+    let tokens = model
+        .vocab()
+        .tokenize(prompt(model, question).as_bytes(), true, true);
     let mut batch = LlamaBatch::new(CONTEXT as usize, 1);
     batch.add_sequence(&tokens, 0, false).unwrap();
     let mut sampler = LlamaSampler::greedy();

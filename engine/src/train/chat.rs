@@ -32,9 +32,16 @@ impl<'a> ChatFormat<'a> {
 
     /// Needs both marks in the tokenizer's vocabulary.
     pub fn new(tokenizer: &'a Tokenizer) -> Result<Self, TrainError> {
-        let id = |mark: &str| tokenizer.token_to_id(mark).ok_or_else(|| TrainError::Missing(mark.to_owned()));
+        let id = |mark: &str| {
+            tokenizer
+                .token_to_id(mark)
+                .ok_or_else(|| TrainError::Missing(mark.to_owned()))
+        };
         id(Self::START)?;
-        Ok(Self { tokenizer, end: id(Self::END)? })
+        Ok(Self {
+            tokenizer,
+            end: id(Self::END)?,
+        })
     }
 
     /// The id that ends an answer.
@@ -63,12 +70,16 @@ impl<'a> ChatFormat<'a> {
 
     /// Tokens back to text, marks left out.
     pub fn text(&self, ids: &[u32]) -> Result<String, TrainError> {
-        self.tokenizer.decode(ids, true).map_err(|error| TrainError::Tokenizer(error.to_string()))
+        self.tokenizer
+            .decode(ids, true)
+            .map_err(|error| TrainError::Tokenizer(error.to_string()))
     }
 
     fn encode(&self, text: &str) -> Result<Vec<u32>, TrainError> {
-        let encoding =
-            self.tokenizer.encode(text, false).map_err(|error| TrainError::Tokenizer(error.to_string()))?;
+        let encoding = self
+            .tokenizer
+            .encode(text, false)
+            .map_err(|error| TrainError::Tokenizer(error.to_string()))?;
         Ok(encoding.get_ids().to_vec())
     }
 }
@@ -90,7 +101,11 @@ impl Batch {
     /// Lays out `examples`; `None` when nothing in them is to be learnt.
     pub fn new(examples: &[&Example], padding: u32, device: &Device) -> Result<Option<Self>, TrainError> {
         // The last token is only ever a target.
-        let length = examples.iter().map(|example| example.ids.len().saturating_sub(1)).max().unwrap_or(0);
+        let length = examples
+            .iter()
+            .map(|example| example.ids.len().saturating_sub(1))
+            .max()
+            .unwrap_or(0);
         let (mut ids, mut picks, mut targets, mut counts) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         for (row, example) in examples.iter().enumerate() {
             let input = &example.ids[..example.ids.len().saturating_sub(1)];

@@ -61,7 +61,10 @@ pub fn export<W: Write + Seek>(
         ("llama.attention.head_count_kv", count(config.kv_heads())),
         ("llama.attention.key_length", count(config.head_width())),
         ("llama.attention.value_length", count(config.head_width())),
-        ("llama.attention.layer_norm_rms_epsilon", Value::F32(config.rms_norm_eps as f32)),
+        (
+            "llama.attention.layer_norm_rms_epsilon",
+            Value::F32(config.rms_norm_eps as f32),
+        ),
         ("llama.rope.dimension_count", count(config.head_width())),
         ("llama.rope.freq_base", Value::F32(config.rope_theta as f32)),
         ("llama.vocab_size", count(config.vocab_size)),
@@ -70,7 +73,10 @@ pub fn export<W: Write + Seek>(
     let tensors = tensors(&config, &weights, precision)?;
 
     let metadata: Vec<_> = metadata.iter().map(|(key, value)| (*key, value)).collect();
-    let tensors: Vec<_> = tensors.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
+    let tensors: Vec<_> = tensors
+        .iter()
+        .map(|(name, tensor)| (name.as_str(), tensor))
+        .collect();
     gguf_file::write(out, &metadata, &tensors)?;
     Ok(())
 }
@@ -95,17 +101,24 @@ fn vocabulary(
     let refuse = |why: &str| TrainError::Unsupported(format!("tokenizer: {why}"));
     let pre = &tokenizer["pre_tokenizer"];
     // `use_regex` absent means true; anything beside a plain byte-level rule would split otherwise than llama.cpp.
-    if tokenizer["model"]["type"] != "BPE" || pre["type"] != "ByteLevel" || pre["use_regex"] == Json::Bool(false) {
+    if tokenizer["model"]["type"] != "BPE"
+        || pre["type"] != "ByteLevel"
+        || pre["use_regex"] == Json::Bool(false)
+    {
         return Err(refuse("not a byte-level BPE that splits by GPT-2's rule"));
     }
     if pre["add_prefix_space"] == Json::Bool(true) || !tokenizer["normalizer"].is_null() {
         return Err(refuse("it changes the text before splitting it"));
     }
-    let vocab = tokenizer["model"]["vocab"].as_object().ok_or_else(|| refuse("no vocabulary"))?;
+    let vocab = tokenizer["model"]["vocab"]
+        .as_object()
+        .ok_or_else(|| refuse("no vocabulary"))?;
     let mut tokens = vec![String::new(); config.vocab_size];
     let mut kinds = vec![NORMAL; config.vocab_size];
     let mut place = |token: &str, id: Option<u64>, kind: i32| -> Result<(), TrainError> {
-        let id = id.and_then(|id| usize::try_from(id).ok()).filter(|id| *id < config.vocab_size);
+        let id = id
+            .and_then(|id| usize::try_from(id).ok())
+            .filter(|id| *id < config.vocab_size);
         let id = id.ok_or_else(|| refuse("a token's id lies outside the vocabulary"))?;
         tokens[id] = token.to_owned();
         kinds[id] = kind;
@@ -115,31 +128,47 @@ fn vocabulary(
         place(token, id.as_u64(), NORMAL)?;
     }
     for added in tokenizer["added_tokens"].as_array().into_iter().flatten() {
-        let content = added["content"].as_str().ok_or_else(|| refuse("an added token has no content"))?;
-        let kind = if added["special"] == Json::Bool(true) { CONTROL } else { NORMAL };
+        let content = added["content"]
+            .as_str()
+            .ok_or_else(|| refuse("an added token has no content"))?;
+        let kind = if added["special"] == Json::Bool(true) {
+            CONTROL
+        } else {
+            NORMAL
+        };
         place(content, added["id"].as_u64(), kind)?;
     }
     if tokens.iter().any(String::is_empty) {
         return Err(refuse("its ids have gaps"));
     }
     // Newer files hold merges as pairs, older ones as text with a space between.
-    let merges = tokenizer["model"]["merges"].as_array().ok_or_else(|| refuse("no merges"))?;
-    let merges = merges.iter().map(|merge| match (merge.as_str(), merge[0].as_str(), merge[1].as_str()) {
-        (Some(merge), _, _) => Ok(text(merge)),
-        (None, Some(left), Some(right)) => Ok(Value::String(format!("{left} {right}"))),
-        _ => Err(refuse("a merge is no pair")),
-    });
+    let merges = tokenizer["model"]["merges"]
+        .as_array()
+        .ok_or_else(|| refuse("no merges"))?;
+    let merges = merges.iter().map(
+        |merge| match (merge.as_str(), merge[0].as_str(), merge[1].as_str()) {
+            (Some(merge), _, _) => Ok(text(merge)),
+            (None, Some(left), Some(right)) => Ok(Value::String(format!("{left} {right}"))),
+            _ => Err(refuse("a merge is no pair")),
+        },
+    );
     let id_of = |key: &str| -> Result<Option<Value>, TrainError> {
         let token = &tokenizer_config[key];
-        let Some(token) = token.as_str().or_else(|| token["content"].as_str()) else { return Ok(None) };
+        let Some(token) = token.as_str().or_else(|| token["content"].as_str()) else {
+            return Ok(None);
+        };
         let id = tokens.iter().position(|known| known == token);
-        id.map(|id| Some(count(id))).ok_or_else(|| refuse(&format!("{key} {token} is not in its vocabulary")))
+        id.map(|id| Some(count(id)))
+            .ok_or_else(|| refuse(&format!("{key} {token} is not in its vocabulary")))
     };
 
     let mut metadata = vec![
         ("tokenizer.ggml.model", text("gpt2")),
         ("tokenizer.ggml.pre", text("gpt-2")),
-        ("tokenizer.ggml.add_bos_token", Value::Bool(tokenizer_config["add_bos_token"] == Json::Bool(true))),
+        (
+            "tokenizer.ggml.add_bos_token",
+            Value::Bool(tokenizer_config["add_bos_token"] == Json::Bool(true)),
+        ),
     ];
     for (key, name) in [
         ("tokenizer.ggml.bos_token_id", "bos_token"),
@@ -151,16 +180,31 @@ fn vocabulary(
     if let Some(template) = tokenizer_config["chat_template"].as_str() {
         metadata.push(("tokenizer.chat_template", text(template)));
     }
-    metadata.push(("tokenizer.ggml.merges", Value::Array(merges.collect::<Result<_, _>>()?)));
-    metadata.push(("tokenizer.ggml.token_type", Value::Array(kinds.into_iter().map(Value::I32).collect())));
-    metadata.push(("tokenizer.ggml.tokens", Value::Array(tokens.into_iter().map(Value::String).collect())));
+    metadata.push((
+        "tokenizer.ggml.merges",
+        Value::Array(merges.collect::<Result<_, _>>()?),
+    ));
+    metadata.push((
+        "tokenizer.ggml.token_type",
+        Value::Array(kinds.into_iter().map(Value::I32).collect()),
+    ));
+    metadata.push((
+        "tokenizer.ggml.tokens",
+        Value::Array(tokens.into_iter().map(Value::String).collect()),
+    ));
     Ok(metadata)
 }
 
-fn tensors(config: &Config, weights: &Weights, precision: Precision) -> Result<Vec<(String, QTensor)>, TrainError> {
+fn tensors(
+    config: &Config,
+    weights: &Weights,
+    precision: Precision,
+) -> Result<Vec<(String, QTensor)>, TrainError> {
     let mut tensors = Vec::new();
     for name in config.shapes().keys() {
-        let weight = weights.get(name).ok_or_else(|| TrainError::Missing(name.clone()))?;
+        let weight = weights
+            .get(name)
+            .ok_or_else(|| TrainError::Missing(name.clone()))?;
         let heads = match name.rsplit('.').nth(1) {
             Some("q_proj") => Some(config.num_attention_heads),
             Some("k_proj") => Some(config.kv_heads()),
@@ -183,7 +227,9 @@ fn tensors(config: &Config, weights: &Weights, precision: Precision) -> Result<V
 /// Rows of each head from "first half, second half" to "pair by pair".
 fn interleave(weight: &Tensor, heads: usize) -> Result<Tensor, TrainError> {
     let (rows, columns) = weight.dims2()?;
-    let pairs = weight.reshape((heads, 2, rows / heads / 2, columns))?.transpose(1, 2)?;
+    let pairs = weight
+        .reshape((heads, 2, rows / heads / 2, columns))?
+        .transpose(1, 2)?;
     Ok(pairs.contiguous()?.reshape((rows, columns))?)
 }
 

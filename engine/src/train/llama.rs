@@ -74,7 +74,8 @@ impl Config {
 
     /// Width of one head.
     pub fn head_width(&self) -> usize {
-        self.head_dim.unwrap_or(self.hidden_size / self.num_attention_heads.max(1))
+        self.head_dim
+            .unwrap_or(self.hidden_size / self.num_attention_heads.max(1))
     }
 
     /// Refuses what [`Llama`] would get wrong.
@@ -94,10 +95,14 @@ impl Config {
         }
         let (heads, kv_heads, width) = (self.num_attention_heads, self.kv_heads(), self.head_width());
         if kv_heads == 0 || heads == 0 || heads % kv_heads != 0 {
-            return refuse(format!("{heads} query heads do not share {kv_heads} key heads evenly"));
+            return refuse(format!(
+                "{heads} query heads do not share {kv_heads} key heads evenly"
+            ));
         }
         if width == 0 || width % 2 != 0 {
-            return refuse(format!("its heads are {width} wide; rotary positions need an even width"));
+            return refuse(format!(
+                "its heads are {width} wide; rotary positions need an even width"
+            ));
         }
         Ok(())
     }
@@ -108,7 +113,10 @@ impl Config {
         let query = self.num_attention_heads * self.head_width();
         let key = self.kv_heads() * self.head_width();
         let mut shapes = BTreeMap::from([
-            ("model.embed_tokens.weight".to_owned(), vec![self.vocab_size, hidden]),
+            (
+                "model.embed_tokens.weight".to_owned(),
+                vec![self.vocab_size, hidden],
+            ),
             ("model.norm.weight".to_owned(), vec![hidden]),
         ]);
         if !self.tie_word_embeddings {
@@ -178,7 +186,10 @@ const MODULES: [&str; 7] = [
 
 impl Layer {
     fn linear(&self, module: &str, x: &Tensor) -> Result<Tensor, TrainError> {
-        let linear = self.linears.get(module).ok_or_else(|| TrainError::Missing(module.to_owned()))?;
+        let linear = self
+            .linears
+            .get(module)
+            .ok_or_else(|| TrainError::Missing(module.to_owned()))?;
         linear.forward(x)
     }
 }
@@ -201,29 +212,54 @@ impl Llama {
         config.check()?;
         let shapes = config.shapes();
         let find = |name: String| -> Result<Tensor, TrainError> {
-            let tensor = weights.get(&name).ok_or_else(|| TrainError::Missing(name.clone()))?;
+            let tensor = weights
+                .get(&name)
+                .ok_or_else(|| TrainError::Missing(name.clone()))?;
             match shapes.get(&name) {
-                Some(expected) if tensor.dims() != expected.as_slice() => {
-                    Err(TrainError::Shape { name, found: tensor.dims().to_vec(), expected: expected.clone() })
-                }
+                Some(expected) if tensor.dims() != expected.as_slice() => Err(TrainError::Shape {
+                    name,
+                    found: tensor.dims().to_vec(),
+                    expected: expected.clone(),
+                }),
                 _ => Ok(tensor.clone()),
             }
         };
         let embedding = find("model.embed_tokens.weight".to_owned())?;
-        let head =
-            if config.tie_word_embeddings { embedding.clone() } else { find("lm_head.weight".to_owned())? };
+        let head = if config.tie_word_embeddings {
+            embedding.clone()
+        } else {
+            find("lm_head.weight".to_owned())?
+        };
         let mut layers = Vec::with_capacity(config.num_hidden_layers);
         for index in 0..config.num_hidden_layers {
             let at = |name: &str| find(format!("model.layers.{index}.{name}.weight"));
             let mut linears = BTreeMap::new();
             for module in MODULES {
-                linears.insert(module, Linear { weight: at(module)?, adapter: None });
+                linears.insert(
+                    module,
+                    Linear {
+                        weight: at(module)?,
+                        adapter: None,
+                    },
+                );
             }
             let (attention_norm, mlp_norm) = (at("input_layernorm")?, at("post_attention_layernorm")?);
-            layers.push(Layer { attention_norm, mlp_norm, linears });
+            layers.push(Layer {
+                attention_norm,
+                mlp_norm,
+                linears,
+            });
         }
         let (cos, sin) = rotary(config, embedding.device())?;
-        Ok(Self { config: config.clone(), embedding, layers, norm: find("model.norm.weight".to_owned())?, head, cos, sin })
+        Ok(Self {
+            config: config.clone(),
+            embedding,
+            layers,
+            norm: find("model.norm.weight".to_owned())?,
+            head,
+            cos,
+            sin,
+        })
     }
 
     /// The configuration it was built from.
@@ -238,13 +274,21 @@ impl Llama {
         let path = module.strip_prefix("model.layers.").ok_or_else(missing)?;
         let (index, name) = path.split_once('.').ok_or_else(missing)?;
         let index: usize = index.parse().map_err(|_| missing())?;
-        let linear = self.layers.get_mut(index).and_then(|layer| layer.linears.get_mut(name)).ok_or_else(missing)?;
+        let linear = self
+            .layers
+            .get_mut(index)
+            .and_then(|layer| layer.linears.get_mut(name))
+            .ok_or_else(missing)?;
         let (out, input) = linear.weight.dims2()?;
         let (rank, _) = adapter.a.dims2()?;
         for (part, tensor, expected) in [("A", &adapter.a, [rank, input]), ("B", &adapter.b, [out, rank])] {
             if tensor.dims() != expected {
                 let (name, found) = (format!("{module}.lora_{part}"), tensor.dims().to_vec());
-                return Err(TrainError::Shape { name, found, expected: expected.to_vec() });
+                return Err(TrainError::Shape {
+                    name,
+                    found,
+                    expected: expected.to_vec(),
+                });
             }
         }
         linear.adapter = Some(adapter);
@@ -256,7 +300,9 @@ impl Llama {
         let (examples, length) = ids.dims2()?;
         if length > self.config.max_position_embeddings {
             let limit = self.config.max_position_embeddings;
-            return Err(TrainError::Unsupported(format!("{length} tokens in a row; its context holds {limit}")));
+            return Err(TrainError::Unsupported(format!(
+                "{length} tokens in a row; its context holds {limit}"
+            )));
         }
         let mask = causal_mask(length, ids.device())?;
         let cos = self.cos.narrow(0, 0, length)?;
@@ -312,11 +358,16 @@ impl Llama {
 
     fn rms_norm(&self, x: &Tensor, weight: &Tensor) -> Result<Tensor, TrainError> {
         // One small reciprocal instead of a large division: the backward pass of a product is far cheaper.
-        let scale = (x.sqr()?.mean_keepdim(D::Minus1)? + self.config.rms_norm_eps)?.sqrt()?.recip()?;
+        let scale = (x.sqr()?.mean_keepdim(D::Minus1)? + self.config.rms_norm_eps)?
+            .sqrt()?
+            .recip()?;
         Ok(x.broadcast_mul(&scale)?.broadcast_mul(weight)?)
     }
 
-    #[expect(clippy::too_many_arguments, reason = "the three tables are cut once per pass and shared by all layers")]
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "the three tables are cut once per pass and shared by all layers"
+    )]
     fn attention(
         &self,
         layer: &Layer,
@@ -327,9 +378,15 @@ impl Llama {
         sin: &Tensor,
         mask: &Tensor,
     ) -> Result<Tensor, TrainError> {
-        let (heads, kv_heads, width) = (self.config.num_attention_heads, self.config.kv_heads(), self.config.head_width());
+        let (heads, kv_heads, width) = (
+            self.config.num_attention_heads,
+            self.config.kv_heads(),
+            self.config.head_width(),
+        );
         let split = |module: &str, heads: usize| -> Result<Tensor, TrainError> {
-            let y = layer.linear(module, x)?.reshape((examples, length, heads, width))?;
+            let y = layer
+                .linear(module, x)?
+                .reshape((examples, length, heads, width))?;
             Ok(y.transpose(1, 2)?.contiguous()?)
         };
         let query = turn(&split("self_attn.q_proj", heads)?, cos, sin)?;
@@ -339,12 +396,21 @@ impl Llama {
         let rows = heads / kv_heads * length;
         let query = (query.reshape((examples, kv_heads, rows, width))? * (1.0 / (width as f64).sqrt()))?;
         let scores = query.matmul(&key.transpose(2, 3)?.contiguous()?)?;
-        let scores = scores.reshape((examples, heads, length, length))?.broadcast_add(mask)?;
-        let scores = scores.broadcast_sub(&scores.detach().max_keepdim(D::Minus1)?)?.exp()?;
+        let scores = scores
+            .reshape((examples, heads, length, length))?
+            .broadcast_add(mask)?;
+        let scores = scores
+            .broadcast_sub(&scores.detach().max_keepdim(D::Minus1)?)?
+            .exp()?;
         let shares = scores.broadcast_mul(&scores.sum_keepdim(D::Minus1)?.recip()?)?;
-        let mixed = shares.reshape((examples, kv_heads, rows, length))?.matmul(&value)?;
+        let mixed = shares
+            .reshape((examples, kv_heads, rows, length))?
+            .matmul(&value)?;
         let mixed = mixed.reshape((examples, heads, length, width))?.transpose(1, 2)?;
-        layer.linear("self_attn.o_proj", &mixed.reshape((examples * length, heads * width))?)
+        layer.linear(
+            "self_attn.o_proj",
+            &mixed.reshape((examples * length, heads * width))?,
+        )
     }
 }
 

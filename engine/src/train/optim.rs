@@ -24,7 +24,13 @@ pub struct AdamWSettings {
 
 impl Default for AdamWSettings {
     fn default() -> Self {
-        Self { beta1: 0.9, beta2: 0.95, epsilon: 1e-8, weight_decay: 0.01, clip: 1.0 }
+        Self {
+            beta1: 0.9,
+            beta2: 0.95,
+            epsilon: 1e-8,
+            weight_decay: 0.01,
+            clip: 1.0,
+        }
     }
 }
 
@@ -47,9 +53,20 @@ impl AdamW {
     pub fn new(vars: BTreeMap<String, Var>, settings: AdamWSettings) -> Self {
         let slots = vars.into_iter().map(|(name, var)| {
             let zeros = vec![0.0; var.as_tensor().elem_count()];
-            (name, Slot { var, mean: zeros.clone(), square: zeros })
+            (
+                name,
+                Slot {
+                    var,
+                    mean: zeros.clone(),
+                    square: zeros,
+                },
+            )
         });
-        Self { settings, steps: 0, slots: slots.collect() }
+        Self {
+            settings,
+            steps: 0,
+            slots: slots.collect(),
+        }
     }
 
     /// Steps taken so far.
@@ -73,7 +90,9 @@ impl AdamW {
         for (name, slot) in &self.slots {
             let mut sum: Option<Vec<f32>> = None;
             for store in grads {
-                let grad = store.get(slot.var.as_tensor()).ok_or_else(|| TrainError::NoGradient(name.clone()))?;
+                let grad = store
+                    .get(slot.var.as_tensor())
+                    .ok_or_else(|| TrainError::NoGradient(name.clone()))?;
                 let grad = grad.flatten_all()?.to_vec1::<f32>()?;
                 match &mut sum {
                     None => sum = Some(grad),
@@ -85,7 +104,13 @@ impl AdamW {
             sums.push(sum);
         }
         let norm = squares.sqrt();
-        let AdamWSettings { beta1, beta2, epsilon, weight_decay, clip } = self.settings;
+        let AdamWSettings {
+            beta1,
+            beta2,
+            epsilon,
+            weight_decay,
+            clip,
+        } = self.settings;
         let scale = (if norm > clip { clip / norm } else { 1.0 }) as f32;
 
         self.steps += 1;
@@ -95,7 +120,11 @@ impl AdamW {
         let (beta1, beta2, epsilon) = (beta1 as f32, beta2 as f32, epsilon as f32);
         for (slot, sum) in self.slots.values_mut().zip(sums) {
             let tensor = slot.var.as_tensor();
-            let kept = if tensor.rank() >= 2 { (1.0 - rate * weight_decay) as f32 } else { 1.0 };
+            let kept = if tensor.rank() >= 2 {
+                (1.0 - rate * weight_decay) as f32
+            } else {
+                1.0
+            };
             let mut weights = tensor.flatten_all()?.to_vec1::<f32>()?;
             let means = slot.mean.iter_mut().zip(slot.square.iter_mut());
             for ((weight, grad), (mean, square)) in weights.iter_mut().zip(sum).zip(means) {
@@ -104,7 +133,8 @@ impl AdamW {
                 *square = beta2 * *square + (1.0 - beta2) * grad * grad;
                 *weight = kept * *weight - pace * *mean / ((*square * unbias2).sqrt() + epsilon);
             }
-            slot.var.set(&Tensor::from_vec(weights, tensor.shape(), tensor.device())?)?;
+            slot.var
+                .set(&Tensor::from_vec(weights, tensor.shape(), tensor.device())?)?;
         }
         Ok(norm)
     }
@@ -115,20 +145,35 @@ impl AdamW {
         let mut state = Weights::new();
         for (name, slot) in &self.slots {
             let shape = slot.var.as_tensor().shape();
-            state.insert(format!("{name}.mean"), Tensor::from_slice(&slot.mean, shape, &Device::Cpu)?);
-            state.insert(format!("{name}.square"), Tensor::from_slice(&slot.square, shape, &Device::Cpu)?);
+            state.insert(
+                format!("{name}.mean"),
+                Tensor::from_slice(&slot.mean, shape, &Device::Cpu)?,
+            );
+            state.insert(
+                format!("{name}.square"),
+                Tensor::from_slice(&slot.square, shape, &Device::Cpu)?,
+            );
         }
         // f32 counts exactly up to 16.7 million steps.
-        state.insert("steps".to_owned(), Tensor::new(&[self.steps as f32], &Device::Cpu)?);
+        state.insert(
+            "steps".to_owned(),
+            Tensor::new(&[self.steps as f32], &Device::Cpu)?,
+        );
         Ok(state)
     }
 
     /// Takes up a stored [`AdamW::state`] for the same weights; on an error nothing has changed.
     pub fn restore(&mut self, state: &Weights) -> Result<(), TrainError> {
         let find = |name: String, expected: &[usize]| -> Result<Vec<f32>, TrainError> {
-            let tensor = state.get(&name).ok_or_else(|| TrainError::Missing(name.clone()))?;
+            let tensor = state
+                .get(&name)
+                .ok_or_else(|| TrainError::Missing(name.clone()))?;
             if tensor.dims() != expected {
-                return Err(TrainError::Shape { name, found: tensor.dims().to_vec(), expected: expected.to_vec() });
+                return Err(TrainError::Shape {
+                    name,
+                    found: tensor.dims().to_vec(),
+                    expected: expected.to_vec(),
+                });
             }
             Ok(tensor.flatten_all()?.to_vec1::<f32>()?)
         };
@@ -136,7 +181,10 @@ impl AdamW {
         let mut found = Vec::with_capacity(self.slots.len());
         for (name, slot) in &self.slots {
             let shape = slot.var.as_tensor().dims();
-            found.push((find(format!("{name}.mean"), shape)?, find(format!("{name}.square"), shape)?));
+            found.push((
+                find(format!("{name}.mean"), shape)?,
+                find(format!("{name}.square"), shape)?,
+            ));
         }
         for (slot, (mean, square)) in self.slots.values_mut().zip(found) {
             slot.mean = mean;
