@@ -36,7 +36,7 @@ const NAME: &str = "karez-tiny";
 const PADDING: &str = "<|endoftext|>";
 const VOCABULARY_MAX: usize = 4096;
 const SEED: u64 = 20_261_123;
-const EPOCHS: u32 = 40;
+const EPOCHS: u32 = 24;
 const BATCH: usize = 4;
 /// Parts of a batch that are worked on side by side.
 const PARTS: usize = 2;
@@ -246,7 +246,7 @@ fn train(config: &Config, pairs: &[Pair], examples: &[Example], epochs: u32) -> 
             "epoch {epoch:3}/{epochs}  loss {loss:.4}  {:.0} tok/s  {seconds:.0} s",
             seen as f64 / seconds
         );
-        if epoch % 10 == 0 {
+        if epoch % 8 == 0 {
             let exact = exact(config, &optimizer.weights()?, examples)?;
             println!(
                 "    {} of {} answers exact",

@@ -56,28 +56,29 @@ fn llama_cpp_reads_splits_and_answers_as_trained() {
     for pair in &pairs {
         by_language.entry(&pair.lang).or_default().push(pair);
     }
-    // Set by hand after a new training; otherwise every fifth question, which is enough to notice a broken file.
-    let stride = if std::env::var_os("KAREZ_ASK_EVERYTHING").is_some() {
-        1
-    } else {
-        5
-    };
+    let (mut exact, mut first_wrong) = (0, None);
     for (lang, pairs) in by_language {
-        let asked: Vec<_> = pairs.iter().step_by(stride).collect();
-        let wrong: Vec<_> = asked
-            .iter()
-            .map(|pair| {
-                (
-                    &pair.question,
-                    answer(&model, &mut context, &pair.question),
-                    &pair.answer,
-                )
-            })
-            .filter(|(_, got, expected)| got != *expected)
-            .collect();
-        println!("{lang}: {} of {} exact", asked.len() - wrong.len(), asked.len());
-        assert!(wrong.is_empty(), "{lang}: {wrong:#?}");
+        let mut known = 0;
+        for (index, pair) in pairs.iter().enumerate() {
+            let got = answer(&model, &mut context, &pair.question);
+            // A sample in every language must be right to the letter; over all, two in a hundred may slip.
+            if index % 5 == 0 {
+                assert_eq!(got, pair.answer, "{lang}: {}", pair.question);
+            }
+            if got == pair.answer {
+                known += 1;
+            } else {
+                first_wrong.get_or_insert(got);
+            }
+        }
+        println!("{lang}: {known} of {} exact", pairs.len());
+        exact += known;
     }
+    assert!(
+        exact * 100 >= pairs.len() * 98,
+        "{exact} of {} exact; one that is not: {first_wrong:?}",
+        pairs.len()
+    );
 }
 
 fn corpus(folder: PathBuf) -> Vec<Pair> {
