@@ -400,7 +400,7 @@ impl TryFrom<wire::Report> for Report {
         let held = |h: wire::Held| {
             Ok(Held {
                 key: key("report", h.key)?,
-                phase: h.phase.parse().map_err(|why| field("report", "phase", clean(&why, NAME_MAX)))?,
+                phase: h.phase.parse().map_err(|why: String| field("report", "phase", clean(&why, NAME_MAX)))?,
                 items_done: h.items_done,
                 tokens: h.tokens,
             })

@@ -1,1 +1,36 @@
 //! The scheduler's daemon: gRPC, admission, catalogue, persistence.
+//!
+//! A thin shell around [`karez_core::controller::Controller`]: what arrives from sockets becomes an event, the
+//! controller decides, and its effects are carried out, durable ones first. Start at [`daemon::run`].
+//!
+//! | module | what lives there |
+//! |---|---|
+//! | [`config`] | `scheduler.toml`, typed |
+//! | [`setup`] | a scheduler's directory; invitations |
+//! | [`daemon`] | starting, wiring and stopping everything |
+//! | `mind` | the one loop that owns the controller: event, commit, effects |
+//! | `service` | the control API for users and tools |
+//! | `session` | the long conversations: nodes' sessions, watches, exports |
+//! | `catalogue` | names of models |
+//! | `peers` | offers and summaries over the peer network |
+//! | `pins` | artifacts that unfinished jobs need, kept from eviction |
+//! | `limits` | how much one key may ask |
+//! | `monitor` | the plain listener for health checks and reflection |
+//!
+//! Not here: any decision about jobs, nodes or money (`karez-core`); the books (`karez-ledger`); sockets' cryptography
+//! and artifact transfer (`karez-net`).
+mod catalogue;
+pub mod config;
+pub mod daemon;
+mod limits;
+mod mind;
+mod monitor;
+mod peers;
+mod pins;
+mod service;
+mod session;
+pub mod setup;
+
+pub use config::{Config, ConfigError};
+pub use daemon::{Daemon, run};
+pub use setup::{InitOptions, InviteOptions, init, invite};
