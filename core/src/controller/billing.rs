@@ -15,7 +15,7 @@ use crate::{
     unit::{Credits, DeviceMillis, Millis, Now, Rate, Speed},
 };
 
-/// How much longer than we saw a node may say it worked before the smaller figure is billed: clocks and messages
+/// How much longer than we saw a node may say it worked before the receipt remarks on it: clocks and messages
 /// take their time. Two seconds and five percent.
 const TOLERANCE: Millis = Millis(2_000);
 const TOLERANCE_PERCENT: u64 = 5;
@@ -126,15 +126,13 @@ impl Controller {
         let observed = Millis(now.utc.0.saturating_sub(part.asked_at.0))
             .0
             .saturating_mul(lease.devices.into());
-        let tolerated = observed
-            .saturating_add(observed / 100 * TOLERANCE_PERCENT)
-            .saturating_add(TOLERANCE.0);
+        let tolerated = observed.saturating_add(observed / 100 * TOLERANCE_PERCENT).saturating_add(TOLERANCE.0);
         let mut flags = Vec::new();
-        let mut billed = usage.meters.device_ms;
-        if billed.0 > tolerated {
+        if usage.meters.device_ms.0 > tolerated {
             flags.push(Flag::LongerThanObserved);
-            billed = DeviceMillis(tolerated);
         }
+        // The smaller of what the node says and what we saw go by, always: only the remark has a tolerance.
+        let mut billed = usage.meters.device_ms.min(DeviceMillis(observed));
         if billed > lease.device_ms_max {
             flags.push(Flag::OverLease);
             billed = lease.device_ms_max;
