@@ -1,1 +1,34 @@
-//! The provider's daemon: probe, owner policy, run leases.
+//! The provider's daemon: probe the machine, keep the owner's policy, run leases, give the machine back at once.
+//!
+//! Decisions are the core's ([`karez_core::agent`]); this crate carries them out.
+//!
+//! | module | what lives there |
+//! |---|---|
+//! | [`config`] | `node.toml`, parsed once |
+//! | [`mod@init`] | making a node's directory from an invitation |
+//! | [`probe`] | what the machine can do, measured briefly |
+//! | [`daemon`] | the one loop that owns the agent; start at [`daemon::run`] |
+//! | [`runner`] | one lease: input lines in, result lines out |
+//! | [`control`] | the owner's socket: status, open, pause, drain, reclaim |
+//!
+//! Not here: the engines and their sandbox (`karez-engine`), moving artifacts (`karez-net`), anything of a scheduler.
+
+mod advertise;
+mod artifacts;
+pub mod config;
+pub mod control;
+pub mod daemon;
+mod files;
+pub mod human;
+pub mod init;
+pub mod probe;
+pub mod runner;
+mod session;
+mod stop;
+mod wait;
+
+pub use config::{ConfigError, NodeConfig};
+pub use control::{ControlError, LeaseView, NodeStatus};
+pub use daemon::{DaemonError, WorkerProgram, run};
+pub use files::NodeFiles;
+pub use init::{InitError, InitOptions, Initialised, init};

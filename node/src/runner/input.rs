@@ -1,0 +1,301 @@
+//! The lines of an input: read one by one, each checked, none trusted to be short.
+use karez_core::records::Work;
+use karez_engine::protocol::Message;
+use serde::Deserialize;
+use serde_json::Value;
+use std::{
+    fs::File,
+    io::{self, BufRead, BufReader, Read},
+    path::{Path, PathBuf},
+};
+use tokio::sync::mpsc;
+
+/// Bytes of one line at most.
+pub(crate) const LINE_MAX: usize = 1 << 20;
+/// Lines read ahead of the worker.
+const AHEAD: usize = 64;
+
+/// One item of the input.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct Item {
+    /// Its line, counted from 0.
+    pub(super) index: u64,
+    /// Copied to the result.
+    pub(super) id: Option<Value>,
+    pub(super) asked: Asked,
+    /// Length of its line.
+    pub(super) bytes: usize,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub(super) enum Asked {
+    Text(String),
+    Messages(Vec<Message>),
+}
+
+/// Items of one part, read by a thread of their own.
+pub(super) struct Lines(mpsc::Receiver<Result<Item, String>>);
+
+impl Lines {
+    /// Lines `first` to `first + count` of the file at `path`, as `work` understands them.
+    pub(super) fn open(path: PathBuf, work: Work, first: u64, count: u64) -> Self {
+        let (tell, items) = mpsc::channel(AHEAD);
+        tokio::task::spawn_blocking(move || {
+            let sent = read(&path, &work, first, count, |item| {
+                tell.blocking_send(Ok(item)).is_ok()
+            });
+            if let Err(why) = sent {
+                // Whoever asked may have gone: nobody then needs to know.
+                let _ = tell.blocking_send(Err(why));
+            }
+        });
+        Self(items)
+    }
+
+    /// The next item; none at the end. An error says which line is at fault, counted from 1.
+    pub(super) async fn next(&mut self) -> Result<Option<Item>, String> {
+        self.0.recv().await.transpose()
+    }
+}
+
+/// Gives each item to `give` until it declines.
+fn read(
+    path: &Path,
+    work: &Work,
+    first: u64,
+    count: u64,
+    mut give: impl FnMut(Item) -> bool,
+) -> Result<(), String> {
+    let unreadable = |error: io::Error| format!("the input cannot be read: {error}");
+    let mut file = BufReader::with_capacity(64 << 10, File::open(path).map_err(unreadable)?);
+    let short = |lines: u64| {
+        format!(
+            "the input has only {lines} lines, items up to {} are asked for",
+            first + count
+        )
+    };
+    for skipped in 0..first {
+        if file.skip_until(b'\n').map_err(unreadable)? == 0 {
+            return Err(short(skipped));
+        }
+    }
+    let mut line = Vec::new();
+    for index in first..first.saturating_add(count) {
+        line.clear();
+        let got = (&mut file)
+            .take(LINE_MAX as u64 + 1)
+            .read_until(b'\n', &mut line)
+            .map_err(unreadable)?;
+        if got == 0 {
+            return Err(short(index));
+        }
+        if line.last() == Some(&b'\n') {
+            line.pop();
+        }
+        if line.len() > LINE_MAX {
+            return Err(format!(
+                "line {} of the input is longer than the {LINE_MAX} bytes allowed",
+                index + 1
+            ));
+        }
+        let item =
+            parse(&line, work, index).map_err(|why| format!("line {} of the input {why}", index + 1))?;
+        if !give(item) {
+            return Ok(());
+        }
+    }
+    Ok(())
+}
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Raw {
+    Bare(String),
+    Fields(Fields),
+}
+
+#[derive(Deserialize)]
+struct Fields {
+    #[serde(default)]
+    id: Option<Value>,
+    #[serde(default)]
+    text: Option<String>,
+    #[serde(default)]
+    prompt: Option<String>,
+    #[serde(default)]
+    messages: Option<Vec<Message>>,
+}
+
+fn parse(line: &[u8], work: &Work, index: u64) -> Result<Item, String> {
+    let text = std::str::from_utf8(line).map_err(|_| "is not UTF-8".to_owned())?;
+    let (wanted, generate, raw_prompt) = match work {
+        Work::Generate(g) => (
+            "a string, or an object with \"prompt\" or \"messages\"",
+            true,
+            g.raw,
+        ),
+        _ => ("a string, or an object with \"text\"", false, false),
+    };
+    if text.trim().is_empty() {
+        return Err(format!("is empty: expected {wanted}"));
+    }
+    // Told apart from the wrong shape: the two are mended differently.
+    let value: Value = serde_json::from_str(text).map_err(|error| {
+        // One line: serde's own line number would mislead.
+        let why = error.to_string();
+        format!("is not JSON: {}", why.split(" at line").next().unwrap_or(&why))
+    })?;
+    let raw = serde_json::from_value(value).map_err(|_| format!("has the wrong shape: expected {wanted}"))?;
+    let (id, asked) = match raw {
+        Raw::Bare(text) => (None, Asked::Text(text)),
+        Raw::Fields(Fields {
+            id,
+            text,
+            prompt,
+            messages,
+        }) => {
+            let asked = match (generate, text, prompt, messages) {
+                (false, Some(text), ..) => Asked::Text(text),
+                (true, _, Some(prompt), None) => Asked::Text(prompt),
+                (true, _, None, Some(_)) if raw_prompt => {
+                    return Err("has messages, but the order asks for prompts as they stand".into());
+                }
+                (true, _, None, Some(messages)) if !messages.is_empty() => Asked::Messages(messages),
+                _ => return Err(format!("has the wrong shape: expected {wanted}")),
+            };
+            (id, asked)
+        }
+    };
+    Ok(Item {
+        index,
+        id,
+        asked,
+        bytes: line.len(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use karez_core::{
+        artifact::{ArtifactKind, ArtifactRef},
+        id::Digest,
+        records::Generate,
+        unit::Bytes,
+    };
+
+    fn artifact() -> ArtifactRef {
+        ArtifactRef {
+            digest: Digest::of(b""),
+            bytes: Bytes(0),
+            kind: ArtifactKind::Blob,
+        }
+    }
+    fn embed() -> Work {
+        Work::Embed {
+            model: artifact(),
+            model_name: String::new(),
+        }
+    }
+    fn generate(raw: bool) -> Work {
+        Work::Generate(Generate {
+            model: artifact(),
+            model_name: String::new(),
+            max_tokens: 1,
+            temperature_milli: 0,
+            top_k: 0,
+            top_p_milli: 0,
+            seed: 0,
+            raw,
+            system: String::new(),
+        })
+    }
+
+    fn items(text: &[u8], work: &Work, first: u64, count: u64) -> Result<Vec<Item>, String> {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), text).unwrap();
+        let mut out = Vec::new();
+        read(file.path(), work, first, count, |item| {
+            out.push(item);
+            true
+        })?;
+        Ok(out)
+    }
+
+    #[test]
+    fn a_part_is_its_lines_and_no_others() {
+        let text = b"\"a\"\n{\"text\":\"b\",\"id\":7,\"more\":[]}\r\n\"c\"\n\"d\"";
+        let got = items(text, &embed(), 1, 3).unwrap();
+        let said: Vec<_> = got
+            .iter()
+            .map(|i| (i.index, i.id.clone(), i.asked.clone()))
+            .collect();
+        assert_eq!(
+            said,
+            [
+                (1, Some(Value::from(7)), Asked::Text("b".into())),
+                (2, None, Asked::Text("c".into())),
+                (3, None, Asked::Text("d".into())),
+            ]
+        );
+    }
+
+    #[test]
+    fn a_bad_line_is_named_from_one() {
+        let long = format!("\"a\"\n\"{}\"\n", "x".repeat(LINE_MAX));
+        for (text, work, says) in [
+            (
+                &b"\"a\"\n{\"text\":\n"[..],
+                embed(),
+                "line 2 of the input is not JSON",
+            ),
+            (b"\"a\"\n\n", embed(), "line 2 of the input is empty"),
+            (
+                b"\"a\"\n{\"prompt\":\"x\"}\n",
+                embed(),
+                "line 2 of the input has the wrong shape: expected a string, or an object with \"text\"",
+            ),
+            (
+                b"\"a\"\n{\"text\":\"x\"}\n",
+                generate(false),
+                "line 2 of the input has the wrong shape",
+            ),
+            (b"\"a\"\n{\"messages\":[]}\n", generate(false), "line 2"),
+            (
+                b"\"a\"\n{\"messages\":[{\"role\":\"user\"}]}\n",
+                generate(false),
+                "line 2",
+            ),
+            (
+                b"\"a\"\n{\"messages\":[{\"role\":\"user\",\"content\":\"x\"}]}\n",
+                generate(true),
+                "as they stand",
+            ),
+            (b"\"a\"\n\xff\n", embed(), "line 2 of the input is not UTF-8"),
+            (b"\"a\"\n12\n", embed(), "line 2"),
+            (b"\"a\"\n", embed(), "has only 1 lines"),
+            (long.as_bytes(), embed(), "line 2 of the input is longer"),
+        ] {
+            let error = items(text, &work, 0, 2).unwrap_err();
+            assert!(
+                error.contains(says),
+                "{} gave {error}",
+                String::from_utf8_lossy(&text[..text.len().min(60)])
+            );
+        }
+        assert!(
+            items(b"\"a\"\n", &embed(), 5, 1)
+                .unwrap_err()
+                .contains("only 1 lines")
+        );
+    }
+
+    #[test]
+    fn prompts_and_conversations_are_both_read() {
+        let text = b"{\"prompt\":\"p\",\"id\":\"x\"}\n{\"messages\":[{\"role\":\"user\",\"content\":\"hi\"}]}\n\"bare\"\n";
+        let got = items(text, &generate(false), 0, 3).unwrap();
+        assert_eq!(got[0].asked, Asked::Text("p".into()));
+        assert!(matches!(&got[1].asked, Asked::Messages(m) if m[0].content == "hi"));
+        assert_eq!(got[2].asked, Asked::Text("bare".into()));
+    }
+}

@@ -1,0 +1,524 @@
+//! Runs leases: input lines in, result lines out.
+//!
+//! No-ops run here, in the daemon itself: no artifact, no process. Everything else runs in a worker process that is
+//! kept warm between leases. A worker that crashes costs its lease an attempt, and the node nothing.
+//!
+//! Each line of a result is a JSON object with the `index` of its item in the input, counted from 0, and its `id` if
+//! the item had one. Not here: deciding what to run (the agent), and getting the artifacts here first.
+mod input;
+mod output;
+mod warm;
+
+use crate::{artifacts::Artifacts, stop::Stopped};
+use input::{Asked, Item, Lines};
+use karez_core::{
+    agent::{Exit, WorkerMeters},
+    artifact::ArtifactKind,
+    id::LeaseKey,
+    records::{Order, Verified, Work},
+    unit::{Bytes, Millis},
+};
+use karez_engine::{
+    EngineError, Event, Run,
+    protocol::{self, Finish, Load, LoadKind, Output, Prompt},
+};
+use karez_net::store::Pin;
+use output::Results;
+use serde::Serialize;
+use serde_json::Value;
+use std::{
+    collections::VecDeque,
+    path::PathBuf,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+pub(crate) use warm::Warm;
+use warm::{Lent, ModelKey};
+
+/// Progress is told at most this often.
+pub const PROGRESS_EVERY: Duration = Duration::from_millis(200);
+/// A model must be loaded within this.
+const LOAD_MAX: Duration = Duration::from_secs(600);
+/// A worker that is silent during one step for longer than this is killed.
+pub(crate) const SILENCE_MAX: Duration = Duration::from_secs(300);
+/// Texts of one batch, and their bytes together.
+const BATCH_TEXTS: usize = 32;
+const BATCH_BYTES: usize = 256 << 10;
+/// Batches or prompts handed to the worker ahead, so that it never waits for the next one.
+const AHEAD: usize = 2;
+
+/// One lease to run.
+#[derive(Debug, Clone)]
+pub(crate) struct Job {
+    pub(crate) key: LeaseKey,
+    pub(crate) order: Verified<Order>,
+    pub(crate) first_item: u64,
+    pub(crate) items: u64,
+    /// Threads the worker computes with.
+    pub(crate) threads: u16,
+    /// Memory the model may use.
+    pub(crate) memory: Bytes,
+    /// Whether the device is a GPU.
+    pub(crate) gpu: bool,
+    /// Tokens of context the owner allows.
+    pub(crate) context_tokens: Option<u32>,
+}
+
+/// What it came to.
+#[derive(Debug)]
+pub(crate) struct Ended {
+    pub(crate) exit: Exit,
+    pub(crate) meters: WorkerMeters,
+    /// Keeps the result until the lease is forgotten.
+    pub(crate) pin: Option<Pin>,
+}
+
+/// What every lease needs of the node.
+pub(crate) struct Tools {
+    pub(crate) artifacts: Artifacts,
+    pub(crate) scratch: PathBuf,
+    pub(crate) warm: Arc<Warm>,
+}
+
+/// Why a lease came to nothing.
+enum Failure {
+    /// It would fail the same way everywhere.
+    Job(String),
+    /// Elsewhere it may work.
+    Node(String),
+    /// It was told to stop.
+    Stopped,
+}
+
+impl From<EngineError> for Failure {
+    fn from(error: EngineError) -> Self {
+        if error.kind().retryable() {
+            Self::Node(error.to_string())
+        } else {
+            Self::Job(error.to_string())
+        }
+    }
+}
+
+/// Called with totals, at most every [`PROGRESS_EVERY`]. Must not block.
+pub(crate) type Tell = Box<dyn Fn(WorkerMeters) + Send + Sync>;
+
+/// Runs one lease to its end. Gone within the grace once told to stop, whatever the worker does.
+pub(crate) async fn run(job: Job, tools: &Tools, stopped: Stopped, tell: Tell) -> Ended {
+    let mut lease = Running {
+        results: Results::new(tools.scratch.join(format!("result-{}", file_name(&job.key)))),
+        meters: WorkerMeters::default(),
+        told: Instant::now(),
+        live_tokens: 0,
+        tell,
+        stopped,
+        job,
+    };
+    let done = match lease.job.order.work.clone() {
+        Work::Noop { millis_per_item } => lease.noop(millis_per_item).await,
+        _ => lease.with_worker(tools).await,
+    };
+    let done = match done {
+        Ok(()) => lease.finish(tools).await,
+        Err(failure) => Err(failure),
+    };
+    let meters = lease.meters;
+    let (exit, pin) = match done {
+        Ok(pin) => (Exit::Done(pin.artifact()), Some(pin)),
+        Err(Failure::Job(why)) => (
+            Exit::Failed {
+                why,
+                retryable: false,
+            },
+            None,
+        ),
+        Err(Failure::Node(why)) => (Exit::Failed { why, retryable: true }, None),
+        Err(Failure::Stopped) => (Exit::Stopped, None),
+    };
+    Ended { exit, meters, pin }
+}
+
+fn file_name(key: &LeaseKey) -> String {
+    format!("{}-{}-{}", key.job.short(), key.part, key.fence)
+}
+
+struct Running {
+    job: Job,
+    results: Results,
+    meters: WorkerMeters,
+    told: Instant,
+    /// Tokens seen of runs that are not done yet.
+    live_tokens: u64,
+    tell: Tell,
+    stopped: Stopped,
+}
+
+#[derive(Serialize)]
+struct Line<'a, T> {
+    index: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    id: Option<&'a Value>,
+    #[serde(flatten)]
+    what: T,
+}
+
+#[derive(Serialize)]
+struct Nothing {}
+
+#[derive(Serialize)]
+struct Vector<'a> {
+    embedding: &'a [f32],
+}
+
+#[derive(Serialize)]
+struct Answer<'a> {
+    text: &'a str,
+    tokens_in: u64,
+    tokens_out: u64,
+    finish: Finish,
+}
+
+impl Running {
+    fn progress(&mut self) {
+        if self.told.elapsed() >= PROGRESS_EVERY {
+            self.told = Instant::now();
+            let mut meters = self.meters;
+            meters.tokens_out += self.live_tokens;
+            (self.tell)(meters);
+        }
+    }
+
+    fn write<T: Serialize>(&mut self, index: u64, id: Option<&Value>, what: T) -> Result<(), Failure> {
+        self.results
+            .line(&Line { index, id, what })
+            .map_err(|e| Failure::Node(format!("the node's disk: {e}")))?;
+        self.meters.items += 1;
+        self.meters.bytes_out = Bytes(self.results.bytes());
+        Ok(())
+    }
+
+    async fn finish(&mut self, tools: &Tools) -> Result<Pin, Failure> {
+        let results = self.results.take();
+        let store = tools.artifacts.store().clone();
+        tokio::task::spawn_blocking(move || results.keep(&store))
+            .await
+            .map_err(|_| Failure::Node("the node could not store the result".into()))?
+            .map_err(|error| Failure::Node(format!("the node could not store the result: {error}")))
+    }
+
+    async fn noop(&mut self, millis_per_item: u32) -> Result<(), Failure> {
+        /// Between two looks at whether to stop, when there is nothing to wait for.
+        const BURST: u64 = 4096;
+        let began = tokio::time::Instant::now();
+        for done in 0..self.job.items {
+            if millis_per_item > 0 {
+                let due = began + Duration::from_millis(u64::from(millis_per_item).saturating_mul(done + 1));
+                self.nap_until(due).await?;
+            } else if done % BURST == BURST - 1 {
+                tokio::task::yield_now().await;
+                if self.stopped.is_said() {
+                    return Err(Failure::Stopped);
+                }
+            }
+            self.write(self.job.first_item + done, None, Nothing {})?;
+            self.progress();
+        }
+        Ok(())
+    }
+
+    /// Sleeps, but tells its progress on the way and wakes when told to stop.
+    async fn nap_until(&mut self, due: tokio::time::Instant) -> Result<(), Failure> {
+        loop {
+            self.progress();
+            let until = due.min(tokio::time::Instant::now() + PROGRESS_EVERY);
+            tokio::select! {
+                () = tokio::time::sleep_until(until) => if until >= due { return Ok(()) },
+                () = self.stopped.said() => return Err(Failure::Stopped),
+            }
+        }
+    }
+
+    async fn with_worker(&mut self, tools: &Tools) -> Result<(), Failure> {
+        let mut lines = Lines::open(
+            tools
+                .artifacts
+                .path(&self.job.order.input)
+                .await
+                .map_err(Failure::Node)?,
+            self.job.order.work.clone(),
+            self.job.first_item,
+            self.job.items,
+        );
+        let mut stopped = self.stopped.clone();
+        // Dropping what is not ready yet kills the half-started worker.
+        let lent = tokio::select! {
+            lent = self.worker(tools) => lent?,
+            () = stopped.said() => return Err(Failure::Stopped),
+        };
+        let mut flight = VecDeque::new();
+        let done = self.items(&lent, &mut lines, &mut flight).await;
+        if done.is_err() {
+            self.call_back(&lent, flight).await;
+        }
+        tools.warm.give_back(lent);
+        done
+    }
+
+    /// Cancels what the worker still has, and kills the worker when it does not let go in time.
+    async fn call_back(&mut self, lent: &Lent, flight: VecDeque<(Vec<Item>, Run)>) {
+        for (_, run) in &flight {
+            run.cancel();
+        }
+        let mut stopped = self.stopped.clone();
+        let patience = async {
+            if stopped.is_said() {
+                stopped.overdue().await
+            } else {
+                tokio::time::sleep(Duration::from_secs(2)).await
+            }
+        };
+        let meters = &mut self.meters;
+        let leaving = async {
+            for (_, mut run) in flight {
+                while let Some(event) = run.next().await {
+                    match event {
+                        Event::Failed { meters: used, .. } | Event::Done { meters: used, .. } => {
+                            add(meters, &used)
+                        }
+                        Event::Token(_) => {}
+                    }
+                }
+            }
+        };
+        tokio::select! {
+            () = leaving => {}
+            () = patience => lent.worker().kill(),
+        }
+    }
+
+    /// A worker with the model loaded: a warm one, or a new one.
+    async fn worker(&self, tools: &Tools) -> Result<Lent, Failure> {
+        let job = &self.job;
+        let Some(model) = job.order.work.model().copied() else {
+            return Err(Failure::Job("this work names no model".into()));
+        };
+        let kind = match job.order.work {
+            Work::Embed { .. } => LoadKind::Embed,
+            _ => LoadKind::Generate,
+        };
+        let key = ModelKey {
+            kind,
+            model,
+            threads: job.threads,
+            gpu: job.gpu,
+        };
+        if let Some(lent) = tools.warm.take(&key) {
+            return Ok(lent);
+        }
+        let pin = tools.artifacts.pin(&model).await.map_err(Failure::Node)?;
+        let path = match model.kind {
+            ArtifactKind::Blob => tools.artifacts.path(&model).await.map_err(Failure::Node)?,
+            ArtifactKind::Tree => tools
+                .artifacts
+                .view(&model, &tools.scratch)
+                .await
+                .map_err(Failure::Node)?,
+        };
+        let inspected = path.clone();
+        let file = tokio::task::spawn_blocking(move || karez_engine::inspect::inspect(&inspected))
+            .await
+            .map_err(|_| Failure::Node("the model could not be inspected".into()))??;
+        let context = match kind {
+            LoadKind::Generate => Some(file.context_for(job.context_tokens)),
+            _ => None,
+        };
+        let estimate = file.memory_estimate(context.unwrap_or(512));
+        if estimate.0 > job.memory.0 {
+            let has = karez_engine::unit::Bytes(job.memory.0);
+            return Err(EngineError::TooLarge { needs: estimate, has }.into());
+        }
+        let load = Load {
+            context_tokens: context,
+            threads: Some(job.threads),
+            memory_limit: Some(karez_engine::unit::Bytes(job.memory.0)),
+            gpu_layers: if job.gpu { None } else { Some(0) },
+            ..Load::new(kind, path)
+        };
+        let lent = tools
+            .warm
+            .start(key, load, Bytes(estimate.0), pin, LOAD_MAX)
+            .await?;
+        tracing::info!(lease = %job.key, model = %model.digest.short(), pid = lent.worker().pid(), "model loaded");
+        Ok(lent)
+    }
+
+    /// Keeps the worker fed and writes what comes back, in the order of the items.
+    async fn items(
+        &mut self,
+        lent: &Lent,
+        lines: &mut Lines,
+        flight: &mut VecDeque<(Vec<Item>, Run)>,
+    ) -> Result<(), Failure> {
+        let mut held: Option<Item> = None;
+        let mut more = true;
+        loop {
+            while more && flight.len() < AHEAD {
+                let batch = self.next_batch(lines, &mut held).await?;
+                if batch.is_empty() {
+                    more = false;
+                } else {
+                    let run = lent.worker().run(self.work_of(&batch))?;
+                    flight.push_back((batch, run));
+                }
+            }
+            let Some((_, run)) = flight.front_mut() else {
+                return Ok(());
+            };
+            let event = tokio::select! {
+                event = run.next() => event,
+                () = self.stopped.said() => return Err(Failure::Stopped),
+            };
+            match event {
+                Some(Event::Token(_)) => self.live_tokens += 1,
+                Some(Event::Done { output, meters }) => {
+                    self.live_tokens = 0;
+                    add(&mut self.meters, &meters);
+                    if let Some((batch, _)) = flight.pop_front() {
+                        self.results_of(&batch, output, &meters)?;
+                    }
+                }
+                Some(Event::Failed { error, meters }) => {
+                    add(&mut self.meters, &meters);
+                    let batch = flight.pop_front().map(|(batch, _)| batch).unwrap_or_default();
+                    return Err(blame(error, &batch));
+                }
+                None => return Err(Failure::Node("the worker ended a run without a word".into())),
+            }
+            self.progress();
+        }
+    }
+
+    /// The next texts that fit one batch, or the next prompt; empty at the end.
+    async fn next_batch(&mut self, lines: &mut Lines, held: &mut Option<Item>) -> Result<Vec<Item>, Failure> {
+        let most = match self.job.order.work {
+            Work::Embed { .. } => BATCH_TEXTS,
+            _ => 1,
+        };
+        let (mut batch, mut bytes) = (Vec::new(), 0);
+        while batch.len() < most {
+            let next = match held.take() {
+                Some(item) => Some(item),
+                None => tokio::select! {
+                    item = lines.next() => item.map_err(Failure::Job)?,
+                    () = self.stopped.said() => return Err(Failure::Stopped),
+                },
+            };
+            let Some(item) = next else { break };
+            if !batch.is_empty() && bytes + item.bytes > BATCH_BYTES {
+                *held = Some(item);
+                break;
+            }
+            bytes += item.bytes;
+            batch.push(item);
+        }
+        Ok(batch)
+    }
+
+    fn work_of(&self, batch: &[Item]) -> protocol::Work {
+        match (&self.job.order.work, batch) {
+            (Work::Generate(g), [item, ..]) => {
+                let system = Some(g.system.clone()).filter(|s| !s.is_empty());
+                let prompt = match &item.asked {
+                    Asked::Text(text) if g.raw => Prompt::Raw { text: text.clone() },
+                    Asked::Text(text) => Prompt::Text {
+                        text: text.clone(),
+                        system,
+                    },
+                    Asked::Messages(messages) => {
+                        let has_system = messages.first().is_some_and(|m| m.role == "system");
+                        let system = system.filter(|_| !has_system);
+                        let system = system.map(|content| protocol::Message {
+                            role: "system".into(),
+                            content,
+                        });
+                        Prompt::Chat {
+                            messages: system.into_iter().chain(messages.iter().cloned()).collect(),
+                        }
+                    }
+                };
+                protocol::Work::Generate(protocol::Generate {
+                    prompt,
+                    max_tokens: Some(g.max_tokens).filter(|n| *n > 0),
+                    temperature: g.temperature_milli as f32 / 1000.0,
+                    top_k: g.top_k,
+                    top_p: if g.top_p_milli == 0 {
+                        1.0
+                    } else {
+                        g.top_p_milli.min(1000) as f32 / 1000.0
+                    },
+                    // The same however the job is cut, and not the same draw for every line.
+                    seed: g.seed.wrapping_add(item.index),
+                    stop: Vec::new(),
+                })
+            }
+            _ => protocol::Work::Embed {
+                texts: batch
+                    .iter()
+                    .map(|item| match &item.asked {
+                        Asked::Text(text) => text.clone(),
+                        Asked::Messages(_) => String::new(),
+                    })
+                    .collect(),
+            },
+        }
+    }
+
+    fn results_of(&mut self, batch: &[Item], output: Output, used: &protocol::Meters) -> Result<(), Failure> {
+        match output {
+            Output::Vectors { vectors, .. } if vectors.len() == batch.len() => {
+                for (item, vector) in batch.iter().zip(&vectors) {
+                    self.write(item.index, item.id.as_ref(), Vector { embedding: vector })?;
+                }
+                Ok(())
+            }
+            Output::Text { text, finish } if batch.len() == 1 => {
+                let answer = Answer {
+                    text: &text,
+                    tokens_in: used.tokens_in,
+                    tokens_out: used.tokens_out,
+                    finish,
+                };
+                self.write(batch[0].index, batch[0].id.as_ref(), answer)
+            }
+            _ => Err(Failure::Node(
+                "the worker answered something else than was asked".into(),
+            )),
+        }
+    }
+}
+
+/// Names the lines at fault where it is the input's fault.
+fn blame(error: EngineError, batch: &[Item]) -> Failure {
+    let retryable = error.kind().retryable();
+    match (batch, retryable) {
+        (_, true) => Failure::Node(error.to_string()),
+        ([], false) => Failure::Job(error.to_string()),
+        ([item], false) => Failure::Job(format!("line {} of the input: {error}", item.index + 1)),
+        ([first, .., last], false) => Failure::Job(format!(
+            "lines {} to {} of the input: {error}",
+            first.index + 1,
+            last.index + 1
+        )),
+    }
+}
+
+fn add(total: &mut WorkerMeters, used: &protocol::Meters) {
+    total.cpu = total.cpu.saturating_add(Millis(used.cpu_ms.0));
+    total.memory_peak = total.memory_peak.max(Bytes(used.peak_rss.0));
+    total.tokens_in += used.tokens_in;
+    total.tokens_out += used.tokens_out;
+    total.tokens_cached += used.tokens_cached;
+}
+
+#[cfg(test)]
+mod tests;
