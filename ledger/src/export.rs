@@ -3,14 +3,15 @@
 //! Lines of JSON, each ended by one newline, each in exactly one way of writing it (no spaces, fields in this order):
 //!
 //! ```text
-//! {"format":"karez-ledger/1","scheduler":KEY,"created":MS}
+//! {"format":"karez-ledger/1","scheduler":KEY,"created":MS,"signature":HEX}
 //! {"seq":0,"previous":HASH,"hash":HASH,"at":MS,"kind":"grant","legs":[[ACCOUNT,MICROCREDITS],…],"evidence":[BASE64,…]}
 //! …
 //! {"entries":N,"head":HASH,"balances":HASH,"lines":HASH,"signature":HEX}
 //! ```
 //!
 //! Hashes and keys are lower-case hex; evidence is standard base64 of record envelopes. `lines` is the BLAKE3 of every
-//! byte before the trailer; `signature` is the scheduler's Ed25519 signature over the text
+//! byte before the trailer. The signatures are the scheduler's (Ed25519), over the texts
+//! `KarezLedgerV1 header SCHEDULER CREATED` and
 //! `KarezLedgerV1 trailer SCHEDULER CREATED ENTRIES HEAD BALANCES LINES`. Hashes of entries and balances are defined in
 //! [`crate::book`].
 use crate::{
@@ -68,6 +69,14 @@ pub(crate) struct Header {
     pub(crate) format: String,
     pub(crate) scheduler: SchedulerId,
     pub(crate) created: UtcMillis,
+    pub(crate) signature: String,
+}
+
+impl Header {
+    /// What the scheduler signs. The trailer covers the header too; this names a fault in the header where it stands.
+    pub(crate) fn message(&self) -> String {
+        format!("KarezLedgerV1 header {} {}", self.scheduler, self.created.0)
+    }
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -130,11 +139,13 @@ pub fn export(
         lines.update(&line);
         out.write_all(&line)
     };
-    let header = Header {
+    let mut header = Header {
         format: FORMAT.to_owned(),
         scheduler,
         created,
+        signature: String::new(),
     };
+    header.signature = hex::encode(sign(secret, header.message().as_bytes()));
     put(to_line(&header).map_err(std::io::Error::from)?)?;
     let mut book = Book::new(scheduler);
     for entry in entries {

@@ -31,11 +31,19 @@ impl Tables {
             .map(|(key, value)| (key.as_slice(), value.as_slice()))
     }
 
+    /// Sets one row, in memory: for an index that collects its rows.
+    pub fn put(&mut self, table: &str, key: Vec<u8>, value: Vec<u8>) {
+        // Looked up by reference first: most rows fall into a table that is there.
+        match self.0.get_mut(table) {
+            Some(rows) => rows.insert(key, value),
+            None => self.0.entry(table.to_owned()).or_default().insert(key, value),
+        };
+    }
+
     pub(crate) fn apply(&mut self, step: &Step) {
         match step {
             Step::Put { table, key, value } => {
-                let rows = self.0.entry(table.clone()).or_default();
-                rows.insert(key.clone(), value.clone());
+                self.put(table, key.clone(), value.clone());
             }
             Step::Delete { table, key } => {
                 if let Some(rows) = self.0.get_mut(table) {
@@ -291,8 +299,7 @@ impl Store for SledStore {
             let (table, key) = split
                 .and_then(|at| Some((std::str::from_utf8(name.get(1..at)?).ok()?, name.get(at + 1..)?)))
                 .ok_or_else(|| self.bad("a row has no table"))?;
-            let rows = tables.0.entry(table.to_owned()).or_default();
-            rows.insert(key.to_vec(), value.to_vec());
+            tables.put(table, key.to_vec(), value.to_vec());
         }
         Ok(tables)
     }

@@ -155,8 +155,10 @@ pub enum FaultKind {
         expected: String,
     },
     /// The scheduler did not sign this.
-    #[error("the trailer is not signed by scheduler {scheduler}")]
+    #[error("the {what} is not signed by scheduler {scheduler}")]
     Signature {
+        /// Header or trailer.
+        what: &'static str,
         /// Who should have.
         scheduler: SchedulerId,
     },
@@ -230,10 +232,29 @@ fn check_header(header: &Header, options: &VerifyOptions) -> Result<(), FaultKin
         return Err(FaultKind::Format { found });
     }
     let scheduler = header.scheduler;
+    check_signature(scheduler, "header", &header.message(), &header.signature)?;
     match &options.keys {
         Some(keys) if !keys.contains(&scheduler) => Err(FaultKind::Untrusted { scheduler }),
         _ => Ok(()),
     }
+}
+
+fn check_signature(
+    scheduler: SchedulerId,
+    what: &'static str,
+    message: &str,
+    signature: &str,
+) -> Result<(), FaultKind> {
+    let mut bytes = [0; 64];
+    let wrong = FaultKind::Signature { what, scheduler };
+    if hex::decode_to_slice(signature, &mut bytes).is_err() {
+        return Err(wrong);
+    }
+    // The one spelling of hex is the lower-case one.
+    if hex::encode(bytes) != signature {
+        return Err(FaultKind::NotCanonical);
+    }
+    scheduler.0.verify(message.as_bytes(), &bytes).map_err(|_| wrong)
 }
 
 /// Reads one line's content and makes sure that it is written the one right way.
@@ -465,18 +486,8 @@ impl Audit {
                 });
             }
         }
-        let scheduler = self.scheduler;
-        let mut signature = [0; 64];
-        hex::decode_to_slice(&trailer.signature, &mut signature)
-            .map_err(|_| FaultKind::Signature { scheduler })?;
-        // The one spelling of hex is the lower-case one.
-        if hex::encode(signature) != trailer.signature {
-            return Err(FaultKind::NotCanonical);
-        }
-        scheduler
-            .0
-            .verify(trailer.message(scheduler, self.created).as_bytes(), &signature)
-            .map_err(|_| FaultKind::Signature { scheduler })
+        let message = trailer.message(self.scheduler, self.created);
+        check_signature(self.scheduler, "trailer", &message, &trailer.signature)
     }
 
     fn summary(self, balances: Digest) -> Summary {

@@ -244,7 +244,7 @@ fn limits_of_the_order_hold() {
 fn what_looks_back() {
     let order = order(0, 1, 10_000_000);
     let mut book = book_with(&order);
-    let mut refuse = |posting: Posting, expected: &str| {
+    let refuse = |posting: Posting, expected: &str| {
         let error = book.clone().append(AT, posting).unwrap_err().to_string();
         assert!(error.contains(expected), "{error}");
     };
@@ -257,7 +257,7 @@ fn what_looks_back() {
     refuse(reserve(&common::order(1, 3, 5), 5), "has 0 micro-credits");
 
     book.append(AT, Part::of(&order, 0, 1).settle()).unwrap();
-    let mut refuse = |posting: Posting, expected: &str| {
+    let refuse = |posting: Posting, expected: &str| {
         let error = book.clone().append(AT, posting).unwrap_err().to_string();
         assert!(error.contains(expected), "{error}");
     };

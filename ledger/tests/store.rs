@@ -1,0 +1,615 @@
+//! The durable writer with both indexes: what was acknowledged is there, whatever happened to process and disk.
+mod common;
+#[path = "common/redb_store.rs"]
+mod redb_store;
+
+use common::*;
+use karez_core::{
+    id::JobId,
+    money::{Account, Posting},
+};
+use karez_ledger::{
+    Book, Op, Options, Recovered, StoreError, Transaction, Writer,
+    store::{OpenStore, SledStore},
+};
+use std::{
+    collections::BTreeMap,
+    fs::{self, OpenOptions},
+    io::{BufRead, BufReader, Write},
+    os::unix::fs::FileExt,
+    path::Path,
+    process::{Command, Stdio},
+};
+
+const INDEXES: [(&str, OpenStore); 2] = [("sled", SledStore::open), ("redb", redb_store::open)];
+
+fn options() -> Options {
+    Options {
+        scheduler: Some(scheduler()),
+        free_bytes_min: 0,
+        ..Options::default()
+    }
+}
+
+fn small_journal() -> Options {
+    Options {
+        journal_bytes_max: 20_000,
+        ..options()
+    }
+}
+
+fn put(key: &str, value: impl Into<Vec<u8>>) -> Op {
+    Op::Put {
+        table: "jobs",
+        key: key.into(),
+        value: value.into(),
+    }
+}
+
+fn delete(key: &str) -> Op {
+    Op::Delete {
+        table: "jobs",
+        key: key.into(),
+    }
+}
+
+fn post(posting: Posting) -> Op {
+    Op::Post(posting, AT)
+}
+
+fn tx(ops: impl Into<Vec<Op>>) -> Transaction {
+    Transaction { ops: ops.into() }
+}
+
+fn rows(recovered: &Recovered) -> BTreeMap<String, Vec<u8>> {
+    recovered
+        .tables
+        .rows("jobs")
+        .map(|(k, v)| (String::from_utf8(k.to_vec()).unwrap(), v.to_vec()))
+        .collect()
+}
+
+fn open(dir: &Path, options: Options, index: OpenStore) -> (Writer, Recovered) {
+    Writer::open_with(dir, options, index).unwrap()
+}
+
+#[test]
+fn rows_and_entries_survive_reopening() {
+    for (name, index) in INDEXES {
+        let dir = tempfile::tempdir().unwrap();
+        let mut book = Book::new(scheduler());
+        {
+            let (writer, recovered) = open(dir.path(), options(), index);
+            assert_eq!(recovered.book.entries(), 0);
+            for (i, posting) in postings(4).into_iter().enumerate() {
+                let entry = book.append(AT, posting.clone()).unwrap();
+                let done = writer
+                    .commit_blocking(tx([
+                        put(&format!("k{i}"), "v"),
+                        post(posting),
+                        put("last", i.to_string()),
+                    ]))
+                    .unwrap();
+                assert_eq!((done.number, done.entries[0].seq), (i as u64 + 1, entry.seq));
+                assert_eq!(done.entries[0].hash, book.head());
+            }
+            writer
+                .commit_blocking(tx([delete("k0"), delete("never")]))
+                .unwrap();
+            assert_eq!(writer.head(), (book.entries(), book.head()));
+            assert_eq!(writer.accounts(), *book.accounts());
+        }
+        let (writer, recovered) = open(dir.path(), options(), index);
+        assert_eq!(recovered.report, Vec::<String>::new(), "{name}");
+        assert_eq!(recovered.book.head(), book.head());
+        let rows = rows(&recovered);
+        assert_eq!(rows.len() as u64, book.entries());
+        assert!(!rows.contains_key("k0"));
+        assert_eq!(rows["last"], (book.entries() - 1).to_string().into_bytes());
+        let mut copy = Book::new(scheduler());
+        for entry in writer.entries(0) {
+            copy.replay(&entry.unwrap()).unwrap();
+        }
+        assert_eq!(copy.head(), book.head());
+        let tail: Vec<_> = writer.entries(book.entries() - 2).map(Result::unwrap).collect();
+        assert_eq!(tail.len(), 2);
+    }
+}
+
+#[test]
+fn compaction_keeps_everything_and_bounds_the_journal() {
+    for (name, index) in INDEXES {
+        let dir = tempfile::tempdir().unwrap();
+        let mut book = Book::new(scheduler());
+        let mut largest = 0;
+        for round in 0..3 {
+            let (writer, recovered) = open(dir.path(), small_journal(), index);
+            assert_eq!(recovered.report, Vec::<String>::new(), "{name}");
+            assert_eq!(recovered.book.head(), book.head(), "{name}");
+            assert_eq!(rows(&recovered).len(), if round == 0 { 0 } else { 5 });
+            for i in 0..40 {
+                let posting = grant(i % 3, 10);
+                book.append(AT, posting.clone()).unwrap();
+                let key = format!("k{}", i % 5);
+                writer
+                    .commit_blocking(tx([post(posting), put(&key, vec![i; 2_000])]))
+                    .unwrap();
+                largest = largest.max(journal_bytes(dir.path()));
+            }
+            assert_eq!(writer.entries(0).count() as u64, book.entries());
+        }
+        assert!(largest < 100_000, "{name}: {largest}");
+        let (_writer, recovered) = open(dir.path(), small_journal(), index);
+        assert_eq!(rows(&recovered)["k4"], vec![39; 2_000]);
+    }
+}
+
+fn journal_bytes(dir: &Path) -> u64 {
+    let files = fs::read_dir(dir).unwrap().flatten();
+    let journals = files.filter(|f| f.file_name().to_string_lossy().starts_with("journal-"));
+    journals.map(|f| f.metadata().map_or(0, |m| m.len())).sum()
+}
+
+#[test]
+fn a_refused_posting_refuses_its_transaction_only() {
+    let dir = tempfile::tempdir().unwrap();
+    let order = order(0, 1, 10_000_000);
+    {
+        let (writer, _) = open(dir.path(), options(), SledStore::open);
+        writer.commit_blocking(tx([post(grant(0, 100))])).unwrap();
+        let error = writer
+            .commit_blocking(tx([put("a", "1"), post(grant(0, 5)), post(reserve(&order, 200))]))
+            .unwrap_err();
+        assert!(matches!(error, StoreError::Refused(_)), "{error}");
+        assert!(error.to_string().contains("has 105 micro-credits"), "{error}");
+        assert_eq!(writer.balance(&Account::User(user(0))), 100);
+        writer.commit_blocking(tx([post(reserve(&order, 100))])).unwrap();
+        for (what, op) in [
+            ("long key", put(&"k".repeat(5_000), "v")),
+            ("long value", put("k", vec![0; 3 << 20])),
+            (
+                "no table",
+                Op::Delete {
+                    table: "",
+                    key: vec![],
+                },
+            ),
+            (
+                "bad table",
+                Op::Delete {
+                    table: "a\0b",
+                    key: vec![],
+                },
+            ),
+        ] {
+            assert!(writer.commit_blocking(tx([put("b", "2"), op])).is_err(), "{what}");
+        }
+    }
+    let (writer, recovered) = open(dir.path(), options(), SledStore::open);
+    assert!(rows(&recovered).is_empty());
+    assert_eq!(writer.balance(&Account::Escrow(JobId(order.id()))), 100);
+    assert_eq!(writer.head().0, 2);
+}
+
+#[test]
+fn concurrent_commits_are_all_there_and_money_is_conserved() {
+    for (name, index) in INDEXES {
+        let dir = tempfile::tempdir().unwrap();
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(2)
+            .build()
+            .unwrap();
+        let (refused, head) = runtime.block_on(async {
+            let (writer, _) = open(dir.path(), options(), index);
+            let mut tasks = Vec::new();
+            for n in 0..64u8 {
+                let writer = writer.clone();
+                tasks.push(tokio::spawn(async move {
+                    let mut refused = 0;
+                    for i in 0..6u64 {
+                        let key = format!("{n}/{i}");
+                        // Every third asks for more than anybody can have.
+                        let op = if i % 3 == 2 {
+                            post(reserve(&order(n, u64::from(n) * 100 + i, 1 << 60), 1 << 60))
+                        } else {
+                            post(grant(n, 10))
+                        };
+                        match writer.commit(tx([put(&key, "x"), op])).await {
+                            Ok(_) => {}
+                            Err(StoreError::Refused(_)) => refused += 1,
+                            Err(other) => panic!("{other}"),
+                        }
+                    }
+                    refused
+                }));
+            }
+            let mut refused = 0;
+            for task in tasks {
+                refused += task.await.unwrap();
+            }
+            assert_eq!(writer.accounts().sum(), 0);
+            (refused, writer.head())
+        });
+        assert_eq!((refused, head.0), (128, 256), "{name}");
+        let (_writer, recovered) = open(dir.path(), options(), index);
+        assert_eq!((recovered.book.entries(), recovered.book.head()), head);
+        assert_eq!(rows(&recovered).len(), 256);
+    }
+}
+
+#[test]
+fn one_process_and_one_ledger_per_directory() {
+    let dir = tempfile::tempdir().unwrap();
+    let (writer, _) = open(
+        dir.path(),
+        Options {
+            scheduler: None,
+            ..options()
+        },
+        SledStore::open,
+    );
+    let error = writer.commit_blocking(tx([post(grant(0, 1))])).unwrap_err();
+    assert!(error.to_string().contains("keeps no ledger"), "{error}");
+    writer.commit_blocking(tx([put("a", "1")])).unwrap();
+    let error = Writer::open(dir.path(), options()).unwrap_err().to_string();
+    assert!(
+        error.contains(&dir.path().display().to_string()) && error.contains("in use"),
+        "{error}"
+    );
+    drop(writer);
+    // A node's directory becomes a scheduler's: what was there stays.
+    let (writer, recovered) = open(dir.path(), options(), SledStore::open);
+    assert_eq!(rows(&recovered).len(), 1);
+    writer.commit_blocking(tx([post(grant(0, 1))])).unwrap();
+    drop((writer, recovered));
+    for other in [None, Some(karez_core::key::SchedulerId(user(0).0))] {
+        let error = Writer::open(
+            dir.path(),
+            Options {
+                scheduler: other,
+                ..options()
+            },
+        )
+        .unwrap_err();
+        assert!(matches!(error, StoreError::OtherLedger { .. }), "{error}");
+    }
+    assert_eq!(open(dir.path(), options(), SledStore::open).0.head().0, 1);
+}
+
+/// Fills a directory and gives what must be in it.
+fn filled(dir: &Path, options: Options, index: OpenStore) -> (BTreeMap<String, Vec<u8>>, Book) {
+    let mut book = Book::new(scheduler());
+    let mut expected = BTreeMap::new();
+    let (writer, _) = open(dir, options, index);
+    for (i, posting) in postings(12).into_iter().enumerate() {
+        book.append(AT, posting.clone()).unwrap();
+        let key = format!("k{}", i % 20);
+        let value = vec![i as u8; 100 + i];
+        writer
+            .commit_blocking(tx([post(posting), put(&key, value.clone())]))
+            .unwrap();
+        expected.insert(key, value);
+    }
+    (expected, book)
+}
+
+fn copy_dir(from: &Path, to: &Path) {
+    fs::create_dir_all(to).unwrap();
+    for item in fs::read_dir(from).unwrap().flatten() {
+        let target = to.join(item.file_name());
+        if item.file_type().unwrap().is_dir() {
+            copy_dir(&item.path(), &target);
+        } else {
+            fs::copy(item.path(), target).unwrap();
+        }
+    }
+}
+
+fn check(
+    dir: &Path,
+    index: OpenStore,
+    expected: &(BTreeMap<String, Vec<u8>>, Book),
+    what: &str,
+) -> Vec<String> {
+    let (writer, recovered) =
+        Writer::open_with(dir, options(), index).unwrap_or_else(|e| panic!("{what}: {e}"));
+    assert_eq!(rows(&recovered), expected.0, "{what}");
+    assert_eq!(recovered.book.head(), expected.1.head(), "{what}");
+    assert_eq!(recovered.book.accounts(), expected.1.accounts(), "{what}");
+    assert_eq!(
+        writer.entries(0).map(Result::unwrap).count() as u64,
+        expected.1.entries(),
+        "{what}"
+    );
+    recovered.report
+}
+
+/// A small generator, so that every run damages the same places.
+struct Lcg(u64);
+impl Lcg {
+    fn below(&mut self, n: u64) -> u64 {
+        self.0 = self
+            .0
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 33) % n.max(1)
+    }
+}
+
+fn damage(path: &Path, random: &mut Lcg, bytes: u64) -> u64 {
+    let file = OpenOptions::new().read(true).write(true).open(path).unwrap();
+    let len = file.metadata().unwrap().len();
+    let at = random.below(len);
+    for i in at..(at + bytes).min(len) {
+        let mut byte = [0];
+        file.read_exact_at(&mut byte, i).unwrap();
+        file.write_all_at(&[byte[0] ^ (1 << random.below(8))], i).unwrap();
+    }
+    at
+}
+
+#[test]
+fn a_damaged_index_is_rebuilt_from_the_journal() {
+    for (name, index) in INDEXES {
+        let whole = tempfile::tempdir().unwrap();
+        let expected = filled(whole.path(), small_journal(), index);
+        let file = if name == "sled" { "index/db" } else { "index/redb" };
+        let mut repaired = 0;
+        for seed in 0..16 {
+            let dir = tempfile::tempdir().unwrap();
+            copy_dir(whole.path(), dir.path());
+            let mut random = Lcg(seed);
+            let what = match seed % 4 {
+                0 => format!(
+                    "{name}: 1 byte at {}",
+                    damage(&dir.path().join(file), &mut random, 1)
+                ),
+                1 => format!(
+                    "{name}: 64 bytes at {}",
+                    damage(&dir.path().join(file), &mut random, 64)
+                ),
+                2 => {
+                    let f = OpenOptions::new()
+                        .write(true)
+                        .open(dir.path().join(file))
+                        .unwrap();
+                    let len = random.below(f.metadata().unwrap().len());
+                    f.set_len(len).unwrap();
+                    format!("{name}: cut to {len}")
+                }
+                _ => format!(
+                    "{name}: 20000 bytes at {}",
+                    damage(&dir.path().join(file), &mut random, 20_000)
+                ),
+            };
+            repaired += usize::from(!check(dir.path(), index, &expected, &what).is_empty());
+            assert_eq!(
+                check(dir.path(), index, &expected, &what),
+                Vec::<String>::new(),
+                "{what}, again"
+            );
+        }
+        println!("{name}: {repaired} of 16 needed a rebuild");
+        assert!(repaired > 0, "{name}");
+        let dir = tempfile::tempdir().unwrap();
+        copy_dir(whole.path(), dir.path());
+        fs::remove_dir_all(dir.path().join("index")).unwrap();
+        check(dir.path(), index, &expected, "no index at all");
+    }
+}
+
+#[test]
+fn a_damaged_journal_is_replaced_from_the_index() {
+    let whole = tempfile::tempdir().unwrap();
+    let expected = filled(whole.path(), small_journal(), SledStore::open);
+    let journal = fs::read_dir(whole.path())
+        .unwrap()
+        .flatten()
+        .find(|f| f.file_name().to_string_lossy().starts_with("journal-"))
+        .unwrap()
+        .file_name();
+    for seed in 0..24 {
+        let dir = tempfile::tempdir().unwrap();
+        copy_dir(whole.path(), dir.path());
+        let mut random = Lcg(seed);
+        let file = if seed % 2 == 0 {
+            journal.clone()
+        } else {
+            "entries".into()
+        };
+        let at = damage(&dir.path().join(&file), &mut random, 1);
+        let what = format!("{} at {at}", file.to_string_lossy());
+        let report = check(dir.path(), SledStore::open, &expected, &what).join("\n");
+        assert!(report.contains("at byte"), "{what}: {report}");
+        assert_eq!(
+            check(dir.path(), SledStore::open, &expected, &what),
+            Vec::<String>::new(),
+            "{what}"
+        );
+    }
+    // With both gone nothing is invented.
+    let dir = tempfile::tempdir().unwrap();
+    copy_dir(whole.path(), dir.path());
+    damage(&dir.path().join("entries"), &mut Lcg(5), 1);
+    fs::remove_dir_all(dir.path().join("index")).unwrap();
+    let error = Writer::open(dir.path(), options()).unwrap_err();
+    assert!(matches!(error, StoreError::Damaged { .. }), "{error}");
+    assert!(error.to_string().contains("backup"), "{error}");
+}
+
+#[test]
+fn a_torn_tail_is_cut_and_reported() {
+    let dir = tempfile::tempdir().unwrap();
+    let expected = filled(dir.path(), options(), SledStore::open);
+    let journal = dir.path().join("journal-000001");
+    let len = fs::metadata(&journal).unwrap().len();
+    for tail in [
+        &b"KZJ1"[..],
+        &[0; 100],
+        b"KZJ1\0\0\x10\0half a header and then some",
+    ] {
+        let mut file = OpenOptions::new().append(true).open(&journal).unwrap();
+        file.write_all(tail).unwrap();
+        let report = check(dir.path(), SledStore::open, &expected, "torn");
+        assert!(
+            report.join("\n").contains(&format!("cut {} bytes", tail.len())),
+            "{report:?}"
+        );
+        assert_eq!(fs::metadata(&journal).unwrap().len(), len);
+    }
+}
+
+const CHILD_DIR: &str = "KAREZ_LEDGER_TEST_DIR";
+
+/// The body of the child that gets killed. Says each commit once it is acknowledged.
+#[test]
+fn writer_child() {
+    let Ok(dir) = std::env::var(CHILD_DIR) else { return };
+    let (writer, recovered) = open(Path::new(&dir), small_journal(), SledStore::open);
+    let start = recovered.book.entries();
+    let threads: Vec<_> = (0..4u64)
+        .map(|thread| {
+            let writer = writer.clone();
+            std::thread::spawn(move || {
+                for i in 0.. {
+                    let key = format!("{start}/{thread}/{i}");
+                    let ops = [put(&key, vec![1; 300]), post(grant(thread as u8, 1))];
+                    let done = writer.commit_blocking(tx(ops)).unwrap();
+                    println!("\nacked {key} {} {}", done.entries[0].seq, done.entries[0].hash);
+                }
+            })
+        })
+        .collect();
+    for thread in threads {
+        thread.join().unwrap();
+    }
+}
+
+#[test]
+fn what_was_acknowledged_survives_kill_9() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut acknowledged = BTreeMap::new();
+    let mut random = Lcg(1);
+    for round in 0..6 {
+        let mut child = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "writer_child", "--nocapture", "--test-threads=1"])
+            .env(CHILD_DIR, dir.path())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let wanted = 1 + random.below(120);
+        let mut seen = 0;
+        for line in BufReader::new(child.stdout.take().unwrap()).lines() {
+            let line = line.unwrap();
+            let Some(rest) = line.strip_prefix("acked ") else {
+                continue;
+            };
+            let fields: Vec<_> = rest.split(' ').collect();
+            // The kill may cut the very last line.
+            if let [key, seq, hash] = fields[..]
+                && hash.len() == 64
+            {
+                acknowledged.insert(key.to_owned(), (seq.parse::<u64>().unwrap(), hash.to_owned()));
+            }
+            seen += 1;
+            if seen == wanted {
+                child.kill().unwrap();
+            }
+        }
+        child.wait().unwrap();
+        let (writer, recovered) = open(dir.path(), small_journal(), SledStore::open);
+        let rows = rows(&recovered);
+        // One row and one entry per transaction: nothing half, nothing doubled.
+        assert_eq!(rows.len() as u64, recovered.book.entries(), "round {round}");
+        let hashes: Vec<_> = writer.entries(0).map(|e| e.unwrap().hash().to_string()).collect();
+        for (key, (seq, hash)) in &acknowledged {
+            assert!(
+                rows.contains_key(key),
+                "round {round}: {key} was acknowledged and is gone"
+            );
+            assert_eq!(&hashes[*seq as usize], hash, "round {round}");
+        }
+        let total: i64 = (0..4).map(|n| writer.balance(&Account::User(user(n)))).sum();
+        assert_eq!(total as u64, recovered.book.entries());
+    }
+    assert!(acknowledged.len() >= 6, "{}", acknowledged.len());
+}
+
+#[test]
+fn a_full_disk_refuses_and_recovers() {
+    let mount = tempfile::tempdir().unwrap();
+    let mounted = Command::new("mount")
+        .args(["-t", "tmpfs", "-o", "size=24m", "tmpfs"])
+        .arg(mount.path())
+        .stderr(Stdio::null())
+        .status();
+    if !mounted.is_ok_and(|s| s.success()) {
+        println!("skipped: mounting a small tmpfs needs root");
+        return;
+    }
+    struct Unmount<'a>(&'a Path);
+    impl Drop for Unmount<'_> {
+        fn drop(&mut self) {
+            let _ = Command::new("umount").arg("-l").arg(self.0).status();
+        }
+    }
+    let _unmount = Unmount(mount.path());
+    // With the margin the writer refuses early; without it the disk itself does.
+    for (round, free_bytes_min) in [(0, 4 << 20), (1, 0)] {
+        let dir = mount.path().join(format!("ledger-{round}"));
+        let given = Options {
+            free_bytes_min,
+            ..options()
+        };
+        let (writer, _) = open(&dir, given.clone(), SledStore::open);
+        let mut sure = BTreeMap::new();
+        for i in 0..20 {
+            let key = format!("a{i}");
+            writer
+                .commit_blocking(tx([put(&key, "v"), post(grant(0, 1))]))
+                .unwrap();
+            sure.insert(key, b"v".to_vec());
+        }
+        let ballast = mount.path().join("ballast");
+        let mut file = fs::File::create(&ballast).unwrap();
+        while file.write_all(&[1; 1 << 16]).is_ok() {}
+        while file.write_all(&[1; 1]).is_ok() {}
+        let mut refused = 0;
+        for i in 0..10 {
+            let key = format!("b{i}");
+            match writer.commit_blocking(tx([put(&key, vec![2; 100_000]), post(grant(0, 1))])) {
+                Ok(_) => {
+                    sure.insert(key, vec![2; 100_000]);
+                }
+                Err(error) => {
+                    refused += 1;
+                    assert!(matches!(error, StoreError::DiskFull { .. }), "{error}");
+                    assert!(error.to_string().contains(&dir.display().to_string()), "{error}");
+                }
+            }
+        }
+        assert!(refused > 0);
+        // Open files keep their room.
+        drop(file);
+        fs::remove_file(&ballast).unwrap();
+        let mut done = 0;
+        for i in 0..10 {
+            let key = format!("c{i}");
+            writer
+                .commit_blocking(tx([put(&key, "w"), post(grant(0, 1))]))
+                .unwrap();
+            sure.insert(key, b"w".to_vec());
+            done += 1;
+        }
+        assert_eq!(done, 10);
+        let head = writer.head();
+        assert_eq!(head.0 as usize, sure.len());
+        drop(writer);
+        let (writer, recovered) = open(&dir, given, SledStore::open);
+        assert_eq!(rows(&recovered), sure);
+        assert_eq!(writer.head(), head);
+        drop(writer);
+        fs::remove_dir_all(&dir).unwrap();
+    }
+}
