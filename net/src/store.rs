@@ -32,7 +32,7 @@ use std::{
         Arc, Mutex, MutexGuard, PoisonError, Weak,
         atomic::{AtomicU64, Ordering},
     },
-    time::{Duration, SystemTime, UNIX_EPOCH},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 /// Why the store could not do what was asked.
@@ -582,6 +582,7 @@ impl ArtifactStore {
             sync_dir(parent)?;
         }
         drop(fs::remove_dir_all(&dir));
+        partial.map().unsaved = 0;
         state.partials.remove(&(partial.digest, partial.bytes));
         state.blobs.insert(partial.digest, partial.bytes);
         if !state.refs.contains_key(&partial.digest) {
@@ -1089,11 +1090,14 @@ struct BlockMap {
     bits: Vec<u8>,
     missing: u64,
     unsaved: u64,
+    saved_at: Instant,
 }
 
 const MAP_HEADER: &[u8; 8] = b"karezmap";
 /// What was received is made durable, and the map saved, after so many bytes.
-const SAVE_EVERY_BYTES: u64 = 256 * 1024 * 1024;
+const SAVE_EVERY_BYTES: u64 = 1 << 30;
+/// ... or after so long.
+const SAVE_EVERY: Duration = Duration::from_secs(5);
 
 impl Partial {
     fn open(dir: &Path, digest: Digest, bytes: u64) -> Result<Self, StoreError> {
@@ -1132,6 +1136,7 @@ impl Partial {
                 bits,
                 missing: blocks - there,
                 unsaved: 0,
+                saved_at: Instant::now(),
             }),
         })
     }
@@ -1144,11 +1149,15 @@ impl Partial {
         self.bytes
     }
 
-    /// Runs of blocks that are not here yet, in order, none longer than `blocks_max`.
-    pub(crate) fn missing(&self, blocks_max: u64) -> Vec<Range<u64>> {
+    pub(crate) fn digest(&self) -> Digest {
+        self.digest
+    }
+
+    /// Runs of blocks `within` a range that are not here yet, in order, none longer than `blocks_max`.
+    pub(crate) fn missing(&self, within: Range<u64>, blocks_max: u64) -> Vec<Range<u64>> {
         let map = self.map();
         let mut runs: Vec<Range<u64>> = Vec::new();
-        for block in 0..blocks_of(self.bytes) {
+        for block in within.start..within.end.min(blocks_of(self.bytes)) {
             if bit(&map.bits, block) {
                 continue;
             }
@@ -1209,9 +1218,10 @@ impl Partial {
         Ok(())
     }
 
-    /// Whether enough has arrived since the last [`Partial::save`].
+    /// Whether enough has arrived, or enough time passed, since the last [`Partial::save`].
     pub(crate) fn wants_save(&self) -> bool {
-        self.map().unsaved >= SAVE_EVERY_BYTES
+        let map = self.map();
+        map.unsaved >= SAVE_EVERY_BYTES || (map.unsaved > 0 && map.saved_at.elapsed() >= SAVE_EVERY)
     }
 
     fn sync(&self) -> Result<(), StoreError> {
@@ -1229,14 +1239,28 @@ impl Partial {
                 return Ok(());
             }
             map.unsaved = 0;
+            map.saved_at = Instant::now();
             map.bits.clone()
         };
+        if !self.dir.exists() {
+            // Evicted, or finished by another transfer.
+            return Ok(());
+        }
         self.sync()?;
         let (part, path) = (self.dir.join("map.part"), self.dir.join("map"));
         fs::write(&part, [MAP_HEADER.as_slice(), &bits].concat())
             .and_then(|()| File::open(&part)?.sync_all())
             .and_then(|()| fs::rename(&part, &path))
             .map_err(io_error(&path))
+    }
+}
+
+impl Drop for Partial {
+    /// A transfer that is dropped in the middle keeps what it has.
+    fn drop(&mut self) {
+        if let Err(error) = self.save() {
+            tracing::warn!(%error, "what arrived last will be fetched again");
+        }
     }
 }
 
@@ -1336,7 +1360,5 @@ fn list_files(dir: &Path, prefix: &str, depth: usize, out: &mut Vec<String>) -> 
 
 /// The largest manifest, as a blob size.
 pub(crate) const MANIFEST_MAX: u64 = MANIFEST_BYTES_MAX as u64;
-/// How often a transfer under way makes its progress durable.
-pub(crate) const SAVE_EVERY: Duration = Duration::from_secs(2);
 /// Files up to this size arrive whole.
 pub(crate) const SMALL_BYTES: u64 = verified::BLOCK_BYTES;
