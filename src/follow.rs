@@ -1,0 +1,211 @@
+//! Following a job: bars on a terminal, one line per change elsewhere, one JSON object per change under `--json`.
+use crate::{
+    fault::{Kind, fault, refused},
+    link::Link,
+    out::{Out, credits, cut},
+    view,
+};
+use anyhow::Result;
+use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
+use karez_proto::control as wire;
+use std::{
+    collections::BTreeMap,
+    time::{Duration, Instant},
+};
+use tonic::{Code, Request};
+
+/// How long a broken connection is retried before giving up on watching. The job itself goes on.
+const RETRY_MAX: Duration = Duration::from_secs(120);
+/// Bars for parts at one time; more would push each other off the screen.
+const BARS_MAX: usize = 8;
+
+/// Whether no more changes will come.
+pub(crate) fn has_ended(state: &str) -> bool {
+    matches!(state, "done" | "failed" | "cancelled")
+}
+
+/// Watches `job` until it ends, showing what happens. A lost connection is taken up again.
+pub(crate) async fn to_the_end(out: &Out, link: &Link, job: &str) -> Result<wire::JobView> {
+    each_change(out, link, job, |_| {}).await
+}
+
+/// The same, handing every change to `on_change`.
+pub(crate) async fn each_change(
+    out: &Out,
+    link: &Link,
+    job: &str,
+    mut on_change: impl FnMut(&wire::JobView),
+) -> Result<wire::JobView> {
+    let mut shown = Shown::new(out);
+    let mut lost: Option<Instant> = None;
+    loop {
+        let mut client = link.client.clone();
+        let request = Request::new(wire::JobRequest { job: job.to_owned() });
+        let broken = match client.watch(request).await {
+            Ok(stream) => {
+                let mut stream = stream.into_inner();
+                loop {
+                    match stream.message().await {
+                        Ok(Some(view)) => {
+                            if lost.take().is_some() {
+                                shown.say("connected again");
+                            }
+                            on_change(&view);
+                            shown.update(&view);
+                            if has_ended(&view.state) {
+                                return Ok(view);
+                            }
+                        }
+                        Ok(None) => break "the scheduler ended the conversation".to_owned(),
+                        Err(status) if will_pass(&status) => break status.message().to_owned(),
+                        Err(status) => return Err(refused(status)),
+                    }
+                }
+            }
+            Err(status) if will_pass(&status) => status.message().to_owned(),
+            Err(status) => return Err(refused(status)),
+        };
+        let since = *lost.get_or_insert_with(|| {
+            shown.say("the connection to the scheduler is lost, the job goes on: trying again");
+            Instant::now()
+        });
+        if since.elapsed() > RETRY_MAX {
+            let short = cut(job, 13);
+            return Err(fault(
+                Kind::Unreachable,
+                format!(
+                    "no connection to the scheduler for {} s ({broken}): `karez job watch {short}` takes up again",
+                    RETRY_MAX.as_secs()
+                ),
+            ));
+        }
+        tokio::time::sleep(Duration::from_secs(1)).await;
+    }
+}
+
+fn will_pass(status: &tonic::Status) -> bool {
+    matches!(
+        status.code(),
+        Code::Unavailable | Code::Unknown | Code::Cancelled | Code::Aborted | Code::Internal
+    )
+}
+
+/// What is on the screen.
+struct Shown<'a> {
+    out: &'a Out,
+    bars: Option<Bars>,
+    job: String,
+    parts: BTreeMap<u32, String>,
+}
+
+struct Bars {
+    all: MultiProgress,
+    items: ProgressBar,
+    parts: BTreeMap<u32, ProgressBar>,
+}
+
+impl<'a> Shown<'a> {
+    fn new(out: &'a Out) -> Self {
+        let bars = out.bars.then(|| {
+            let all = MultiProgress::with_draw_target(ProgressDrawTarget::stderr());
+            let items = all.add(ProgressBar::new(0));
+            let style = ProgressStyle::with_template("{bar:30} {pos}/{len} items  {elapsed}  {wide_msg}");
+            items.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+            items.enable_steady_tick(Duration::from_millis(200));
+            Bars {
+                all,
+                items,
+                parts: BTreeMap::new(),
+            }
+        });
+        Self {
+            out,
+            bars,
+            job: String::new(),
+            parts: BTreeMap::new(),
+        }
+    }
+
+    fn say(&self, text: &str) {
+        match &self.bars {
+            Some(bars) => drop(bars.all.println(text)),
+            None => self.out.note(text),
+        }
+    }
+
+    fn update(&mut self, job: &wire::JobView) {
+        let reason = if job.cause.is_empty() {
+            String::new()
+        } else {
+            format!(": {}", job.cause)
+        };
+        let state = format!("{}{reason}", job.state);
+        for part in &job.parts {
+            let line = part_line(part);
+            if self.parts.insert(part.part, line.clone()).as_ref() != Some(&line) && self.bars.is_none() {
+                self.say(&format!("  part {}: {line}", part.part));
+            }
+        }
+        if let Some(bars) = &mut self.bars {
+            bars.items.set_length(job.items);
+            bars.items.set_position(job.items_done);
+            bars.items.set_message(state.clone());
+            for part in &job.parts {
+                let ended = has_ended(&part.state);
+                if !bars.parts.contains_key(&part.part) && (ended || bars.parts.len() >= BARS_MAX) {
+                    continue;
+                }
+                let bar = bars.parts.entry(part.part).or_insert_with(|| {
+                    let bar = bars.all.add(ProgressBar::new(part.items));
+                    let style = ProgressStyle::with_template("  part {prefix} {wide_msg}");
+                    bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+                    bar.set_prefix(part.part.to_string());
+                    bar
+                });
+                let so_far = if ended {
+                    String::new()
+                } else {
+                    format!(", {}/{}", part.items_done, part.items)
+                };
+                bar.set_message(format!("{}{so_far}", part_line(part)));
+                if ended {
+                    // A finished part leaves its line behind and makes room for the next.
+                    bar.finish_and_clear();
+                    drop(
+                        bars.all
+                            .println(format!("  part {}: {}", part.part, part_line(part))),
+                    );
+                    bars.parts.remove(&part.part);
+                }
+            }
+        } else if self.job != state {
+            self.say(&format!("job {} {state}", view::short(&job.job)));
+        }
+        self.job = state;
+    }
+}
+
+impl Drop for Shown<'_> {
+    fn drop(&mut self) {
+        if let Some(bars) = &self.bars {
+            for bar in bars.parts.values() {
+                bar.finish_and_clear();
+            }
+            bars.items.finish_and_clear();
+        }
+    }
+}
+
+fn part_line(part: &wire::PartView) -> String {
+    let place = if part.node_name.is_empty() {
+        String::new()
+    } else {
+        format!(" on {} ({}, {})", part.node_name, part.institution, part.country)
+    };
+    let end = match part.state.as_str() {
+        "done" => format!(", {} items, {} credits", part.items, credits(part.credits)),
+        _ if part.cause.is_empty() => String::new(),
+        _ => format!(": {}", part.cause),
+    };
+    format!("{}{place}{end}", part.state)
+}

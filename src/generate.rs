@@ -1,0 +1,190 @@
+//! `karez generate`: prompts in, answers out.
+use crate::{
+    cli::Context,
+    embed::submit_and_wait,
+    fault::{Kind, fault},
+    input::{self, Items},
+    link::{self, Link},
+    options::JobOptions,
+    out::{clean, plural, wrap},
+    report,
+    task::{self, Sampling, Task, What, interruptible},
+    view,
+};
+use anyhow::Result;
+use clap::Args;
+use serde_json::{Value, json};
+use std::path::PathBuf;
+
+/// `karez generate`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  karez generate \"Why should I rotate my crops?\"
+  karez generate --file prompts.jsonl -o answers.jsonl --country KE,BR")]
+pub(crate) struct GenerateArgs {
+    /// Each argument is one prompt
+    #[arg(required_unless_present = "file", conflicts_with = "file")]
+    prompt: Vec<String>,
+    /// Prompts: plain lines, or JSON lines with a "prompt" field; - for standard input
+    #[arg(short, long, value_name = "FILE")]
+    file: Option<PathBuf>,
+    /// The model, by its name in `karez models`
+    #[arg(short, long, value_name = "NAME", default_value = "karez-tiny")]
+    model: String,
+    #[command(flatten)]
+    sampling: SamplingArgs,
+    #[command(flatten)]
+    options: JobOptions,
+}
+
+/// How to sample. The defaults take the likeliest token every time.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Sampling")]
+pub(crate) struct SamplingArgs {
+    /// Tokens to write per prompt at most
+    #[arg(long, value_name = "N", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..=131_072))]
+    max_tokens: u32,
+    /// 0 always takes the likeliest token; up to 5
+    #[arg(long, value_name = "T", default_value_t = 0.0)]
+    temperature: f32,
+    /// Sample among this many likeliest tokens; 0 for no limit
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    top_k: u32,
+    /// Sample among the likeliest tokens that make up this share, 0 to 1
+    #[arg(long, value_name = "P", default_value_t = 1.0)]
+    top_p: f32,
+    /// Equal seeds give equal answers on one class of machine
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    seed: u64,
+    /// The prompt as it stands, without the model's chat template
+    #[arg(long, conflicts_with = "system")]
+    raw: bool,
+    /// How the model should behave
+    #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
+    system: String,
+}
+
+impl SamplingArgs {
+    fn checked(self) -> Result<Sampling> {
+        sampling(
+            self.max_tokens,
+            self.temperature,
+            self.top_k,
+            self.top_p,
+            self.seed,
+            self.raw,
+            self.system,
+        )
+    }
+}
+
+/// Checks the ranges and turns shares into thousandths.
+#[allow(clippy::too_many_arguments)]
+pub(crate) fn sampling(
+    max_tokens: u32,
+    temperature: f32,
+    top_k: u32,
+    top_p: f32,
+    seed: u64,
+    raw: bool,
+    system: String,
+) -> Result<Sampling> {
+    let refuse = |why: String| Err(fault(Kind::Usage, why));
+    if !(0.0..=5.0).contains(&temperature) {
+        return refuse(format!("the temperature {temperature} is not between 0 and 5"));
+    }
+    if !(0.0..=1.0).contains(&top_p) {
+        return refuse(format!("top-p {top_p} is not between 0 and 1"));
+    }
+    Ok(Sampling {
+        max_tokens,
+        temperature_milli: (temperature * 1000.0).round() as u32,
+        top_k,
+        top_p_milli: (top_p * 1000.0).round() as u32,
+        seed,
+        raw,
+        system,
+    })
+}
+
+pub(crate) async fn run(context: &Context, args: GenerateArgs) -> Result<()> {
+    let what = What::Generate {
+        model: args.model,
+        sampling: args.sampling.checked()?,
+    };
+    let items = match &args.file {
+        Some(path) => input::read(path, what.field())?,
+        None => Items::of_texts(what.field(), args.prompt.iter().map(String::as_str))?,
+    };
+    if items.blank > 0 {
+        context
+            .out
+            .note(format!("{} passed over", plural(items.blank, "blank line")));
+    }
+    let link = link::open(&context.home).await?;
+    let task = Task {
+        what,
+        items,
+        options: args.options,
+    };
+    if task.options.detach || task.options.output.is_some() {
+        submit_and_wait(context, link, task).await
+    } else {
+        answer(context, link, task).await
+    }
+}
+
+/// Waits for the answers and prints them.
+async fn answer(context: &Context, link: Link, task: Task) -> Result<()> {
+    let out = context.out;
+    interruptible(async {
+        let mut running = task::submit(out, &context.home, link, &task).await?;
+        task::set_current(Some(running.job));
+        running.finish(out).await?;
+        let mut lines = Vec::new();
+        running.results(out, &mut lines).await?;
+        let answers = parse(&lines)?;
+        if out.json {
+            out.json(&json!({"answers": answers, "report": view::job(&running.view)}));
+        } else {
+            for (i, line) in answers.iter().enumerate() {
+                if answers.len() > 1 {
+                    if i > 0 {
+                        out.line("");
+                    }
+                    out.line(out.bold(&format!("> {}", clean(text_of(line, "prompt")))));
+                }
+                print_answer(context, text_of(line, "text"));
+            }
+            out.note("");
+            report::print(out, &running.view, None);
+        }
+        running.close().await;
+        Ok(())
+    })
+    .await
+}
+
+fn print_answer(context: &Context, answer: &str) {
+    for paragraph in answer.trim().lines() {
+        if context.out.terminal {
+            for line in wrap(&clean(paragraph), context.out.width(), "") {
+                context.out.line(line);
+            }
+        } else {
+            context.out.line(paragraph);
+        }
+    }
+}
+
+/// Result lines as values.
+pub(crate) fn parse(lines: &[u8]) -> Result<Vec<Value>> {
+    let each = lines.split(|b| *b == b'\n').filter(|l| !l.is_empty());
+    Ok(each.map(serde_json::from_slice).collect::<Result<_, _>>()?)
+}
+
+/// A text field of a result line.
+pub(crate) fn text_of<'a>(line: &'a Value, field: &str) -> &'a str {
+    line.get(field).and_then(Value::as_str).unwrap_or_default()
+}

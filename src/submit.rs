@@ -1,0 +1,67 @@
+//! `karez submit` and `karez schema`: jobs described in files.
+use crate::{cli::Context, embed::submit_and_wait, input, jobfile, link, out::plural, task::Task};
+use anyhow::Result;
+use clap::{Args, ValueEnum};
+use std::path::PathBuf;
+
+/// `karez submit`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+A job file is TOML; `karez schema job` prints its JSON Schema. The least of it:
+  work  = \"embed\"
+  model = \"all-MiniLM-L6-v2\"
+  input = \"sentences.txt\"
+
+Example:
+  karez submit job.toml --detach")]
+pub(crate) struct SubmitArgs {
+    /// The job file
+    file: PathBuf,
+    /// Submit, print the job's id and return at once
+    #[arg(long)]
+    detach: bool,
+}
+
+/// `karez schema`.
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  karez schema job > karez-job.schema.json")]
+pub(crate) struct SchemaArgs {
+    /// Which file format
+    what: SchemaOf,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum SchemaOf {
+    /// The job file of `karez submit`
+    Job,
+}
+
+pub(crate) async fn run(context: &Context, args: SubmitArgs) -> Result<()> {
+    let mut job = jobfile::read(&args.file)?;
+    job.options.detach |= args.detach;
+    let items = input::read(&job.input, job.what.field())?;
+    if items.blank > 0 {
+        context
+            .out
+            .note(format!("{} passed over", plural(items.blank, "blank line")));
+    }
+    let link = link::open(&context.home).await?;
+    submit_and_wait(
+        context,
+        link,
+        Task {
+            what: job.what,
+            items,
+            options: job.options,
+        },
+    )
+    .await
+}
+
+pub(crate) fn schema(context: &Context, args: &SchemaArgs) -> Result<()> {
+    let SchemaOf::Job = args.what;
+    context
+        .out
+        .line(serde_json::to_string_pretty(&jobfile::schema())?);
+    Ok(())
+}

@@ -1,0 +1,459 @@
+//! One job from the user's side: resolve the model, send the input, sign the order, follow, fetch the results.
+use crate::{
+    fault::{Kind, fault},
+    follow,
+    home::Home,
+    input::Items,
+    link::{Artifacts, Link, call},
+    options::JobOptions,
+    out::{Out, plural},
+    view,
+};
+use anyhow::{Context as _, Result};
+use karez_core::{
+    artifact::ArtifactRef,
+    id::JobId,
+    records::{Generate, Order, Signed, Work},
+    unit::{Millis, UtcMillis},
+};
+use karez_proto::control as wire;
+use serde_json::{Map, Value};
+use std::{
+    fs::File,
+    io::{BufRead, BufReader, BufWriter, Write},
+    path::{Path, PathBuf},
+    sync::Mutex,
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+/// How long a signed order may be accepted.
+const ORDER_LIFE: Millis = Millis(10 * 60 * 1000);
+
+/// How to continue prompts; the model comes from the catalogue.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Sampling {
+    pub(crate) max_tokens: u32,
+    pub(crate) temperature_milli: u32,
+    pub(crate) top_k: u32,
+    pub(crate) top_p_milli: u32,
+    pub(crate) seed: u64,
+    pub(crate) raw: bool,
+    pub(crate) system: String,
+}
+
+/// What is to be done with each item.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) enum What {
+    Embed { model: String },
+    Generate { model: String, sampling: Sampling },
+    Noop { millis_per_item: u32 },
+}
+
+impl What {
+    /// The field of an input line that holds its text.
+    pub(crate) fn field(&self) -> &'static str {
+        match self {
+            Self::Generate { .. } => "prompt",
+            Self::Embed { .. } | Self::Noop { .. } => "text",
+        }
+    }
+}
+
+/// A job about to be submitted.
+pub(crate) struct Task {
+    pub(crate) what: What,
+    pub(crate) items: Items,
+    pub(crate) options: JobOptions,
+}
+
+/// A job that was accepted, and where it can be asked about.
+pub(crate) struct Running {
+    pub(crate) job: JobId,
+    pub(crate) view: wire::JobView,
+    link: Link,
+    artifacts: Artifacts,
+    input: ArtifactRef,
+}
+
+/// Now, for records and listings.
+pub(crate) fn utc_now() -> UtcMillis {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    UtcMillis(u64::try_from(since.as_millis()).unwrap_or(u64::MAX))
+}
+
+/// Eight bytes nobody else will draw.
+pub(crate) fn nonce() -> Result<u64> {
+    let mut bytes = [0; 8];
+    getrandom::fill(&mut bytes).map_err(|e| anyhow::anyhow!("the system gives no randomness: {e}"))?;
+    Ok(u64::from_le_bytes(bytes))
+}
+
+/// The model of that name, or an error that names its neighbours.
+pub(crate) async fn model(link: &Link, name: &str) -> Result<(ArtifactRef, wire::Model)> {
+    let mut client = link.client.clone();
+    let models = call(client.models(wire::ModelsRequest {})).await?.models;
+    if let Some(found) = models.iter().find(|m| m.name == name) {
+        return Ok((view::artifact(found.artifact.as_ref())?, found.clone()));
+    }
+    let mut near: Vec<&str> = models
+        .iter()
+        .map(|m| m.name.as_str())
+        .filter(|known| is_near(name, known))
+        .collect();
+    near.sort_unstable();
+    near.truncate(3);
+    let known = match (near.as_slice(), models.len()) {
+        ([], 0) => "it knows none yet".to_owned(),
+        ([], n) => format!("it knows {}, see `karez models`", plural(n as u64, "other")),
+        (names, _) => format!("did you mean {}?", names.join(" or ")),
+    };
+    Err(fault(
+        Kind::NotFound,
+        format!(
+            "the scheduler knows no model {name:?} ({known}): pick one of `karez models`, or add it with `karez artifact add PATH --model {name}`"
+        ),
+    ))
+}
+
+fn is_near(wanted: &str, known: &str) -> bool {
+    let (wanted, known) = (wanted.to_lowercase(), known.to_lowercase());
+    (wanted.len() > 2 && (known.contains(&wanted) || wanted.contains(&known)))
+        || strsim::jaro_winkler(&wanted, &known) > 0.8
+}
+
+/// Sends the input, signs the order and submits it.
+pub(crate) async fn submit(out: &Out, home: &Home, link: Link, task: &Task) -> Result<Running> {
+    let work = work(&link, &task.what).await?;
+    let artifacts = link.artifacts(home).await?;
+    let (store, jsonl) = (artifacts.store.clone(), task.items.jsonl.clone());
+    let input = tokio::task::spawn_blocking(move || store.add_bytes(&jsonl)).await??;
+    artifacts.push(out, "the input", input).await?;
+    let order = order(&link, work, input, task)?;
+    let job = JobId(order.id());
+    let request = wire::SubmitRequest {
+        order: order.encode(),
+        label: task.options.label.clone(),
+        wait: task.options.wait,
+    };
+    let mut client = link.client.clone();
+    let reply = call(client.submit(request)).await?;
+    if reply.job != job.0.0 {
+        return Err(fault(
+            Kind::NotVerified,
+            format!("the scheduler named another job than the order {job} it was sent"),
+        ));
+    }
+    let view = reply.view.unwrap_or_default();
+    out.note(format!(
+        "job {} submitted: {} to {}",
+        job.short(),
+        plural(task.items.count, "item"),
+        view::work_text(&view)
+    ));
+    Ok(Running {
+        job,
+        view,
+        link,
+        artifacts,
+        input,
+    })
+}
+
+async fn work(link: &Link, what: &What) -> Result<Work> {
+    Ok(match what {
+        What::Noop { millis_per_item } => Work::Noop {
+            millis_per_item: *millis_per_item,
+        },
+        What::Embed { model: name } => {
+            let (artifact, found) = model(link, name).await?;
+            expect_format(&found, "safetensors", "embed")?;
+            Work::Embed {
+                model: artifact,
+                model_name: name.clone(),
+            }
+        }
+        What::Generate {
+            model: name,
+            sampling: s,
+        } => {
+            let (artifact, found) = model(link, name).await?;
+            expect_format(&found, "gguf", "generate")?;
+            Work::Generate(Generate {
+                model: artifact,
+                model_name: name.clone(),
+                max_tokens: s.max_tokens,
+                temperature_milli: s.temperature_milli,
+                top_k: s.top_k,
+                top_p_milli: s.top_p_milli,
+                seed: s.seed,
+                raw: s.raw,
+                system: s.system.clone(),
+            })
+        }
+    })
+}
+
+fn expect_format(model: &wire::Model, wanted: &str, command: &str) -> Result<()> {
+    if model.format.is_empty() || model.format == wanted {
+        return Ok(());
+    }
+    Err(fault(
+        Kind::Refused,
+        format!(
+            "model {:?} is stored as {}, `karez {command}` needs {wanted}: pick another of `karez models`",
+            model.name, model.format
+        ),
+    ))
+}
+
+fn order(
+    link: &Link,
+    work: Work,
+    input: ArtifactRef,
+    task: &Task,
+) -> Result<karez_core::records::Verified<Order>> {
+    let issued_at = utc_now();
+    let order = Order {
+        user: link.user(),
+        institution: link.config.institution.clone(),
+        scheduler: link.config.scheduler,
+        work,
+        input,
+        items: task.items.count,
+        items_per_part: task.options.part_items,
+        constraints: task.options.constraints(),
+        credits_max: task.options.max_cost,
+        attempts_max: task.options.attempts,
+        nonce: nonce()?,
+        issued_at,
+        expires_at: issued_at.after(ORDER_LIFE),
+    };
+    let signed = Signed::sign(order, &link.secret);
+    // The scheduler will check every field: find out here first, in the same words.
+    Signed::<Order>::open(&signed.encode()).map_err(|error| fault(Kind::Refused, error.to_string()))
+}
+
+impl Running {
+    /// Follows the job to its end. An error when it failed or was cancelled.
+    pub(crate) async fn finish(&mut self, out: &Out) -> Result<()> {
+        self.view = follow::to_the_end(out, &self.link, &self.job.to_string()).await?;
+        ended_well(&self.view)
+    }
+
+    /// Writes the results, merged with the input, to `sink`.
+    pub(crate) async fn results(&self, out: &Out, sink: &mut (dyn Write + Send)) -> Result<u64> {
+        let parts = parts(&self.view)?;
+        self.artifacts.fetch(out, "the results", &parts).await?;
+        let input = self.artifacts.store.path(&self.input)?;
+        merge(&self.artifacts, &parts, Some(&input), sink)
+    }
+
+    pub(crate) async fn close(self) {
+        self.artifacts.close().await;
+    }
+}
+
+/// The results of a finished job, without its input when that is not in the local store.
+pub(crate) async fn fetch(
+    out: &Out,
+    home: &Home,
+    link: &Link,
+    view: &wire::JobView,
+    sink: &mut (dyn Write + Send),
+) -> Result<u64> {
+    let parts = parts(view)?;
+    let artifacts = link.artifacts(home).await?;
+    artifacts.fetch(out, "the results", &parts).await?;
+    let written = merge(&artifacts, &parts, None, sink);
+    artifacts.close().await;
+    written
+}
+
+/// An error with the cause when the job did not end well.
+pub(crate) fn ended_well(view: &wire::JobView) -> Result<()> {
+    let short = view::short(&view.job);
+    match view.state.as_str() {
+        "done" => Ok(()),
+        "failed" => {
+            let cause = if view.cause.is_empty() {
+                "no cause was given"
+            } else {
+                &view.cause
+            };
+            Err(fault(
+                Kind::JobFailed,
+                format!("job {short} failed: {cause}; `karez job logs {short}` tells more"),
+            ))
+        }
+        "cancelled" => Err(fault(
+            Kind::JobFailed,
+            format!("job {short} was cancelled: nothing more will run or be billed"),
+        )),
+        other => Err(fault(
+            Kind::NotFound,
+            format!("job {short} is {other}, so there are no results yet: `karez job watch {short}`"),
+        )),
+    }
+}
+
+fn parts(view: &wire::JobView) -> Result<Vec<ArtifactRef>> {
+    ended_well(view)?;
+    let mut parts: Vec<_> = view.parts.iter().collect();
+    parts.sort_by_key(|p| p.part);
+    parts
+        .iter()
+        .map(|p| view::artifact(p.result.as_ref()).with_context(|| format!("the result of part {}", p.part)))
+        .collect()
+}
+
+/// Result lines in the order of the items, each with what its input line held.
+fn merge(
+    artifacts: &Artifacts,
+    parts: &[ArtifactRef],
+    input: Option<&Path>,
+    sink: &mut (dyn Write + Send),
+) -> Result<u64> {
+    let mut input = match input {
+        Some(path) => Some(BufReader::new(File::open(path)?).lines()),
+        None => None,
+    };
+    let mut written = 0u64;
+    for part in parts {
+        let file = File::open(artifacts.store.path(part)?)?;
+        for line in BufReader::new(file).lines() {
+            let line = line?;
+            let result: Map<String, Value> = serde_json::from_str(&line).map_err(|error| {
+                fault(
+                    Kind::NotVerified,
+                    format!("result {written} in {part} is not a JSON object: {error}"),
+                )
+            })?;
+            if result.get("index").and_then(Value::as_u64) != Some(written) {
+                let why = format!(
+                    "result {written} in {part} belongs to another item: the node mixed up its results"
+                );
+                return Err(fault(Kind::NotVerified, why));
+            }
+            let mut whole = Map::new();
+            if let Some(lines) = &mut input {
+                let asked = lines.next().transpose()?.unwrap_or_default();
+                whole.extend(serde_json::from_str::<Map<String, Value>>(&asked).unwrap_or_default());
+            }
+            whole.extend(result);
+            serde_json::to_writer(&mut *sink, &whole)?;
+            sink.write_all(b"\n")?;
+            written += 1;
+        }
+    }
+    sink.flush()?;
+    Ok(written)
+}
+
+/// Where results go: a file, or standard output.
+pub(crate) enum Sink {
+    File(PathBuf),
+    Stdout,
+}
+
+impl Sink {
+    /// `-o`, else standard output when somebody reads it, else a file named after the job.
+    pub(crate) fn choose(out: &Out, given: Option<&Path>, job: &JobId) -> Self {
+        match given {
+            Some(path) if path.as_os_str() == "-" => Self::Stdout,
+            Some(path) => Self::File(path.to_owned()),
+            None if out.terminal || out.json => Self::File(format!("karez-{}.jsonl", job.short()).into()),
+            None => Self::Stdout,
+        }
+    }
+
+    pub(crate) fn path(&self) -> Option<&Path> {
+        match self {
+            Self::File(path) => Some(path),
+            Self::Stdout => None,
+        }
+    }
+
+    /// Opens it for writing; a file appears only once it is whole, by [`Opened::done`].
+    pub(crate) fn open(&self, out: &'static Out) -> Result<Opened> {
+        Ok(match self {
+            Self::Stdout => Opened {
+                inner: Box::new(StdoutSink(out)),
+                rename: None,
+            },
+            Self::File(path) => {
+                let mut name = path.file_name().unwrap_or_default().to_owned();
+                name.push(".part");
+                let part = path.with_file_name(name);
+                let file = File::create(&part).with_context(|| format!("writing {}", part.display()))?;
+                Opened {
+                    inner: Box::new(BufWriter::new(file)),
+                    rename: Some((part, path.clone())),
+                }
+            }
+        })
+    }
+}
+
+/// An open sink.
+pub(crate) struct Opened {
+    inner: Box<dyn Write + Send>,
+    rename: Option<(PathBuf, PathBuf)>,
+}
+
+impl Opened {
+    pub(crate) fn writer(&mut self) -> &mut (dyn Write + Send) {
+        &mut *self.inner
+    }
+
+    pub(crate) fn done(mut self) -> Result<()> {
+        self.inner.flush()?;
+        if let Some((part, path)) = &self.rename {
+            std::fs::rename(part, path).with_context(|| format!("writing {}", path.display()))?;
+        }
+        Ok(())
+    }
+}
+
+struct StdoutSink(&'static Out);
+
+impl Write for StdoutSink {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.raw(bytes);
+        Ok(bytes.len())
+    }
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+/// The job that an interrupt should mention, once there is one.
+static CURRENT: Mutex<Option<JobId>> = Mutex::new(None);
+
+pub(crate) fn set_current(job: Option<JobId>) {
+    *CURRENT.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = job;
+}
+
+/// Runs `work` until it ends or the user interrupts. An interrupt only detaches: the job goes on.
+pub(crate) async fn interruptible<T>(work: impl Future<Output = Result<T>>) -> Result<T> {
+    let interrupted = tokio::select! {
+        done = work => return done,
+        caught = tokio::signal::ctrl_c() => caught,
+    };
+    interrupted.context("waiting for an interrupt")?;
+    let current = CURRENT
+        .lock()
+        .unwrap_or_else(std::sync::PoisonError::into_inner)
+        .take();
+    Err(match current {
+        Some(job) => {
+            let short = job.short();
+            fault(
+                Kind::Interrupted,
+                format!(
+                    "detached; job {short} goes on: `karez job watch {short}` to come back, `karez job cancel {short}` to stop it"
+                ),
+            )
+        }
+        None => fault(Kind::Interrupted, "interrupted before anything was submitted"),
+    })
+}
