@@ -274,3 +274,76 @@ impl Journal {
         Ok(last)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(path: &Path) -> (Vec<(u64, Vec<u8>)>, Scan, u64) {
+        let mut frames = Vec::new();
+        let (journal, scan) = Journal::open(path, &mut |f| {
+            frames.push((f.number, f.payload));
+            Ok(())
+        })
+        .unwrap();
+        (frames, scan, journal.bytes())
+    }
+
+    #[test]
+    fn every_flipped_byte_and_every_cut_is_noticed() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("journal");
+        let (mut journal, scan) = Journal::open(&path, &mut |_| Ok(())).unwrap();
+        assert_eq!(scan, Scan::default());
+        let payloads = [b"first".to_vec(), Vec::new(), vec![9; 300]];
+        let mut starts = Vec::new();
+        for (i, payload) in payloads.iter().enumerate() {
+            starts.push(journal.bytes());
+            let mut frame = Vec::new();
+            encode_frame(&mut frame, i as u64 + 7, payload);
+            journal.append(&frame).unwrap();
+        }
+        let end = journal.bytes();
+        drop(journal);
+        let whole = std::fs::read(&path).unwrap();
+        let (frames, scan, _) = read(&path);
+        assert_eq!(frames.len(), 3);
+        assert_eq!(
+            (scan.frames, scan.last, scan.torn, scan.damage),
+            (3, Some(9), None, None)
+        );
+
+        for at in 0..whole.len() {
+            let mut bad = whole.clone();
+            bad[at] ^= 0x10;
+            std::fs::write(&path, &bad).unwrap();
+            let hit = starts.iter().filter(|s| **s <= at as u64).count() - 1;
+            let (frames, scan, bytes) = read(&path);
+            assert_eq!(frames.len(), hit, "byte {at}");
+            if hit < 2 {
+                let damage = Damage {
+                    offset: starts[hit],
+                    last_after: 9,
+                };
+                assert_eq!(
+                    (scan.damage, scan.torn, bytes),
+                    (Some(damage), None, end),
+                    "byte {at}"
+                );
+            } else {
+                // Nothing follows the last frame: it cannot be told from a torn one.
+                assert_eq!((scan.damage, bytes), (None, starts[2]), "byte {at}");
+                assert_eq!(scan.torn.map(|t| t.offset), Some(starts[2]));
+            }
+        }
+        for cut in 0..whole.len() {
+            std::fs::write(&path, &whole[..cut]).unwrap();
+            let kept = starts.iter().filter(|s| **s <= cut as u64).count() - 1;
+            let (frames, scan, bytes) = read(&path);
+            assert_eq!((frames.len(), scan.damage), (kept, None), "cut at {cut}");
+            assert_eq!(bytes, starts[kept]);
+            assert_eq!(scan.torn.is_some(), bytes != cut as u64);
+            assert_eq!(std::fs::metadata(&path).unwrap().len(), bytes);
+        }
+    }
+}

@@ -132,13 +132,8 @@ pub(crate) fn reopen_index(
     scheduler: Option<SchedulerId>,
     open_store: OpenStore,
 ) -> Result<Box<dyn Store>, StoreError> {
-    let mut report = Vec::new();
-    match read_journal(dir, scheduler, &mut report)? {
-        Read::Good(truth) => {
-            open_index(dir, scheduler, open_store, truth, &mut report).map(|(_, index)| index.store)
-        }
-        Read::Damaged(damaged) => Err(damaged.error("the index is not open")),
-    }
+    let truth = reread(dir, scheduler)?;
+    open_index(dir, scheduler, open_store, truth, &mut Vec::new()).map(|(_, index)| index.store)
 }
 
 fn check_owner(dir: &Path, given: Option<SchedulerId>, found: Option<SchedulerId>) -> Result<(), StoreError> {
@@ -203,12 +198,6 @@ fn read_journal(
         write_generation(dir, 1, &base, &Tables::default())?;
         return read_journal(dir, scheduler, report);
     };
-    for old in found {
-        // Its successor was whole before it was named, so nothing is lost with it.
-        let path = generation_path(dir, old);
-        fs::remove_file(&path).map_err(|e| StoreError::io(&path, "remove it", &e))?;
-    }
-
     let mut archived = 0;
     let mut archive_gap = None;
     let (archive, scan) = Journal::open(&archive_path(dir), &mut |frame| {
@@ -251,6 +240,11 @@ fn read_journal(
     }
     if archived < base.entries {
         return damaged(&archive_path(dir), archive.bytes());
+    }
+    for old in found {
+        // Its successor was whole before it was named, and has just been read.
+        let path = generation_path(dir, old);
+        fs::remove_file(&path).map_err(|e| StoreError::io(&path, "remove it", &e))?;
     }
     Ok(Read::Good(Truth {
         generation,
@@ -440,29 +434,30 @@ pub(crate) fn checkpoint(
         },
         rows: 0,
     };
-    let next = truth.generation + 1;
-    write_generation(dir, next, &base, &truth.tables)?;
-    let old = generation_path(dir, truth.generation);
-    let mut report = Vec::new();
+    write_generation(dir, truth.generation + 1, &base, &truth.tables)?;
     // Also removes the old file, which its successor has made superfluous.
-    match read_journal(dir, scheduler, &mut report)? {
-        Read::Good(fresh) => *truth = fresh,
-        Read::Damaged(damaged) => return Err(damaged.error("it went bad while it was compacted")),
-    }
-    debug_assert!(!old.exists());
+    *truth = reread(dir, scheduler)?;
     Ok(())
+}
+
+/// Reads what is on disk, for a writer that holds the directory.
+pub(crate) fn reread(dir: &Path, scheduler: Option<SchedulerId>) -> Result<Truth, StoreError> {
+    match read_journal(dir, scheduler, &mut Vec::new())? {
+        Read::Good(truth) => Ok(truth),
+        Read::Damaged(damaged) => Err(damaged.error("it went bad while it was in use")),
+    }
+}
+
+/// Has a later generation been named? Then nothing may be appended to `generation` any more.
+pub(crate) fn superseded(dir: &Path, generation: u64) -> bool {
+    generation_path(dir, generation + 1).exists()
 }
 
 /// Reads the truth anew and compacts it. For a writer that holds the directory.
 pub(crate) fn compact(dir: &Path, scheduler: Option<SchedulerId>) -> Result<Truth, StoreError> {
-    let mut report = Vec::new();
-    match read_journal(dir, scheduler, &mut report)? {
-        Read::Good(mut truth) => {
-            checkpoint(dir, scheduler, &mut truth)?;
-            Ok(truth)
-        }
-        Read::Damaged(damaged) => Err(damaged.error("the journal went bad while it was in use")),
-    }
+    let mut truth = reread(dir, scheduler)?;
+    checkpoint(dir, scheduler, &mut truth)?;
+    Ok(truth)
 }
 
 /// Opens the index and brings it up to the journal; rebuilds it when that cannot be done.

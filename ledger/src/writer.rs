@@ -226,6 +226,7 @@ impl Writer {
             unsynced: 0,
             retry_at: Instant::now(),
             compact_above: 0,
+            stuck: None,
             _lock: lock,
         };
         let (queue, requests) = mpsc::channel(options.queue_max.max(1));
@@ -494,6 +495,8 @@ struct Scribe {
     retry_at: Instant,
     /// After a failed compaction: the length at which it is tried again.
     compact_above: u64,
+    /// The journal's next generation is named but could not be read: nothing may be written until it is.
+    stuck: Option<StoreError>,
     _lock: File,
 }
 
@@ -531,9 +534,9 @@ impl Scribe {
 
     fn commit(&mut self, group: Vec<Request>) {
         let bytes: usize = group.iter().map(|r| r.bytes).sum();
-        if let Err(full) = self.check_room(bytes as u64) {
+        if let Err(why) = self.unstick().and_then(|()| self.check_room(bytes as u64)) {
             for request in group {
-                let _ = request.reply.send(Err(full.clone()));
+                let _ = request.reply.send(Err(why.clone()));
             }
             return;
         }
@@ -629,6 +632,15 @@ impl Scribe {
         }
     }
 
+    /// Goes over to the generation that a compaction left behind half way.
+    fn unstick(&mut self) -> Result<(), StoreError> {
+        if self.stuck.is_some() {
+            self.truth = recovery::reread(&self.dir, self.options.scheduler)?.without_content();
+            self.stuck = None;
+        }
+        Ok(())
+    }
+
     /// Refuses early, so that the index never meets a full disk: it would not survive that as well as the journal.
     fn check_room(&self, bytes: u64) -> Result<(), StoreError> {
         let free = match rustix::fs::statvfs(&self.dir) {
@@ -666,7 +678,9 @@ impl Scribe {
 
     fn lose_index(&mut self, why: &StoreError) {
         tracing::error!("{why}");
-        *write(&self.shared.index) = None;
+        let lost = write(&self.shared.index).take();
+        // Closing it writes once more, and may fail as badly as before.
+        let _ = catch_unwind(AssertUnwindSafe(|| drop(lost)));
         self.retry_at = Instant::now() + INDEX_RETRY;
     }
 
@@ -682,6 +696,10 @@ impl Scribe {
                 }
                 Err(why) => tracing::warn!("the index is still out of use: {why}"),
             }
+            if recovery::superseded(&self.dir, self.truth.generation) {
+                // The repair went as far as writing the journal anew.
+                self.stuck = Some(StoreError::Stopped);
+            }
         }
         if self.unsynced >= INDEX_UNSYNCED_MAX {
             self.sync_index();
@@ -694,6 +712,10 @@ impl Scribe {
                 Ok(truth) => {
                     self.truth = truth.without_content();
                     self.compact_above = 0;
+                }
+                Err(why) if recovery::superseded(&self.dir, self.truth.generation) => {
+                    tracing::error!("{why}");
+                    self.stuck = Some(why);
                 }
                 Err(why) => {
                     self.compact_above = bytes + self.options.journal_bytes_max / 4;
