@@ -61,7 +61,8 @@ async fn measure(dir: &Path, mib: u64, runs: usize) -> Result<String> {
         let store_b = ArtifactStore::open(&dir.join(format!("b{run}")), room)?;
         let b = Transfers::bind(local, &secret_b, store_b, Arc::new(|_, _| false))?;
         let started = Instant::now();
-        b.fetch(&[artifact], std::slice::from_ref(&holder), unwatched()).await?;
+        b.fetch(&[artifact], std::slice::from_ref(&holder), unwatched())
+            .await?;
         ours.push(rate(bytes, started.elapsed()));
         b.close().await;
         drop(b);
@@ -119,7 +120,8 @@ async fn plain(
             Some(path) => {
                 let mut file = tokio::fs::File::open(path).await?;
                 file.set_max_buf_size(1 << 20);
-                tokio::io::copy_buf(&mut tokio::io::BufReader::with_capacity(1 << 20, file), &mut send).await?;
+                tokio::io::copy_buf(&mut tokio::io::BufReader::with_capacity(1 << 20, file), &mut send)
+                    .await?;
             }
             None => {
                 let block = bytes::Bytes::from(vec![7; 1 << 20]);

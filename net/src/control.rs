@@ -236,7 +236,9 @@ pub enum ConnectError {
         why: String,
     },
     /// A Karez party answered, but not the expected one.
-    #[error("{addr} answered with the key {got}, expected {expected}: do not trust it before its operator confirms the new key")]
+    #[error(
+        "{addr} answered with the key {got}, expected {expected}: do not trust it before its operator confirms the new key"
+    )]
     WrongKey {
         /// Where.
         addr: String,

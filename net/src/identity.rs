@@ -26,7 +26,9 @@ pub enum IdentityError {
         role: String,
     },
     /// A key already lies there; it is never overwritten.
-    #[error("a key already exists at {path}: it was kept. Remove the file first if you mean to change identity")]
+    #[error(
+        "a key already exists at {path}: it was kept. Remove the file first if you mean to change identity"
+    )]
     Exists {
         /// Where it lies.
         path: PathBuf,
@@ -40,7 +42,9 @@ pub enum IdentityError {
         mode: u32,
     },
     /// Not an Ed25519 key in PKCS#8 PEM.
-    #[error("{path} is not an Ed25519 key in PKCS#8 PEM: restore it from a backup, or move it away and run `karez {role} init`")]
+    #[error(
+        "{path} is not an Ed25519 key in PKCS#8 PEM: restore it from a backup, or move it away and run `karez {role} init`"
+    )]
     Format {
         /// The file.
         path: PathBuf,

@@ -145,7 +145,8 @@ impl Manifest {
             let digest = digest
                 .parse()
                 .map_err(|_| malformed(number, "has a digest that is not 64 hex digits"))?;
-            let canonical = size.bytes().all(|b| b.is_ascii_digit()) && (size == "0" || !size.starts_with('0'));
+            let canonical =
+                size.bytes().all(|b| b.is_ascii_digit()) && (size == "0" || !size.starts_with('0'));
             let bytes = size
                 .parse()
                 .ok()
@@ -254,7 +255,19 @@ mod tests {
     #[test]
     fn paths_that_lead_elsewhere_are_refused() {
         for bad in [
-            "", "/etc/passwd", "..", "a/../b", "../x", "a//b", "a/", ".", "a/./b", "a\nb", "a\\b", "a\0b", "/",
+            "",
+            "/etc/passwd",
+            "..",
+            "a/../b",
+            "../x",
+            "a//b",
+            "a/",
+            ".",
+            "a/./b",
+            "a\nb",
+            "a\\b",
+            "a\0b",
+            "/",
         ] {
             assert!(check_path(bad).is_err(), "{bad:?}");
             let line = format!("{HEADER}{} 1 {bad}\n", Digest::of(b"x"));
@@ -271,7 +284,10 @@ mod tests {
     fn clashes_and_disorder_are_refused() {
         for paths in [&["a", "a"][..], &["a", "a/b"], &["a", "a-b", "a/b"]] {
             let entries = paths.iter().map(|p| entry(p, 1)).collect();
-            assert!(matches!(Manifest::new(entries), Err(ManifestError::Clash { .. })), "{paths:?}");
+            assert!(
+                matches!(Manifest::new(entries), Err(ManifestError::Clash { .. })),
+                "{paths:?}"
+            );
         }
         let d = Digest::of(b"");
         for bad in [

@@ -19,7 +19,9 @@ use libp2p::{
     kad::{self, store::RecordStore},
     multiaddr::Protocol,
     noise, ping, request_response as rr,
-    swarm::{ConnectionId, DialError, NetworkBehaviour, SwarmEvent, behaviour::toggle::Toggle, dial_opts::DialOpts},
+    swarm::{
+        ConnectionId, DialError, NetworkBehaviour, SwarmEvent, behaviour::toggle::Toggle, dial_opts::DialOpts,
+    },
     tcp, yamux,
 };
 use std::{
@@ -341,7 +343,8 @@ impl Peer {
     ///
     /// Connects first where needed, to addresses learnt by [`Peer::introduce`] or [`Peer::find_schedulers`].
     pub async fn advertise(&self, scheduler: PublicKey, offer: Vec<u8>) -> Result<Answer, PeerError> {
-        self.ask(|reply| Command::Advertise(scheduler, offer, reply)).await
+        self.ask(|reply| Command::Advertise(scheduler, offer, reply))
+            .await
     }
 
     /// Gossips a summary among schedulers. [`PeerError::Alone`] when nobody is there to hear it.
@@ -477,7 +480,11 @@ fn behaviour(keypair: &libp2p::identity::Keypair, config: &PeerConfig) -> Result
         .set_record_filtering(kad::StoreInserts::FilterBoth)
         .set_max_packet_size(16 * 1024);
     let mut kad = kad::Behaviour::with_config(local, kad::store::MemoryStore::new(local), kad_config);
-    kad.set_mode(Some(if scheduler { kad::Mode::Server } else { kad::Mode::Client }));
+    kad.set_mode(Some(if scheduler {
+        kad::Mode::Server
+    } else {
+        kad::Mode::Client
+    }));
     let support = if scheduler {
         rr::ProtocolSupport::Inbound
     } else {
@@ -724,7 +731,9 @@ impl Task {
     fn on_swarm(&mut self, event: SwarmEvent<BehaviourEvent>, deciding: &Deciding) {
         match event {
             SwarmEvent::Behaviour(BehaviourEvent::Identify(identify::Event::Received {
-                peer_id, info, ..
+                peer_id,
+                info,
+                ..
             })) => self.on_identify(peer_id, info),
             SwarmEvent::Behaviour(BehaviourEvent::Kad(event)) => self.on_kad(event),
             SwarmEvent::Behaviour(BehaviourEvent::Offers(event)) => self.on_offers(event, deciding),
@@ -878,7 +887,8 @@ impl Task {
         }
         if find.queries.is_empty() {
             let key = kad::RecordKey::new(&SCHEDULERS_KEY);
-            find.queries.insert(self.swarm.behaviour_mut().kad.get_providers(key));
+            find.queries
+                .insert(self.swarm.behaviour_mut().kad.get_providers(key));
         }
     }
 
@@ -914,7 +924,10 @@ impl Task {
                     Err(kad::GetClosestPeersError::Timeout { peers, .. }) => peers,
                 };
                 for info in peers {
-                    let found = self.find.as_ref().is_some_and(|f| f.found.contains(&info.peer_id));
+                    let found = self
+                        .find
+                        .as_ref()
+                        .is_some_and(|f| f.found.contains(&info.peer_id));
                     if found && !info.addrs.is_empty() {
                         self.learn(info.peer_id, info.addrs);
                     }
@@ -1033,7 +1046,9 @@ impl Task {
                     drop(reply.send(Ok(response)));
                 }
             }
-            rr::Event::OutboundFailure { request_id, error, .. } => {
+            rr::Event::OutboundFailure {
+                request_id, error, ..
+            } => {
                 if let Some((scheduler, reply)) = self.adverts.remove(&request_id) {
                     let (peer, why) = (scheduler.short(), error.to_string());
                     drop(reply.send(Err(match error {
@@ -1290,7 +1305,9 @@ mod tests {
         let (a, b) = (PeerId::random(), PeerId::random());
         let now = Instant::now();
         let at = |ms| now + Duration::from_millis(ms);
-        let taken: Vec<_> = [0, 0, 0, 0, 900, 1000, 1000].map(|ms| rates.take(a, at(ms))).into();
+        let taken: Vec<_> = [0, 0, 0, 0, 900, 1000, 1000]
+            .map(|ms| rates.take(a, at(ms)))
+            .into();
         assert_eq!(taken, [true, true, true, false, false, true, false]);
         assert!(rates.take(b, at(1000)));
         rates.forget_idle(at(60_000));

@@ -52,7 +52,9 @@ pub enum StoreError {
         pinned: Bytes,
     },
     /// The disk itself is full, whatever the store's own limit says.
-    #[error("the disk that holds {path} is full: free space on it, or lower the store's limit below what the disk has")]
+    #[error(
+        "the disk that holds {path} is full: free space on it, or lower the store's limit below what the disk has"
+    )]
     DiskFull {
         /// What was being written.
         path: PathBuf,
@@ -396,11 +398,15 @@ impl ArtifactStore {
             let tree = fs::read(&tree_path).unwrap_or_default();
             let mut tree_matches = tree.len() as u64 == outboard_bytes(bytes);
             let mut reader = &file;
-            let found = make_outboard(bytes, &mut |buffer| reader.read_exact(buffer), &mut |at, pairs| {
-                let at = at as usize;
-                tree_matches &= tree.get(at..at + pairs.len()) == Some(pairs);
-                Ok(())
-            })
+            let found = make_outboard(
+                bytes,
+                &mut |buffer| reader.read_exact(buffer),
+                &mut |at, pairs| {
+                    let at = at as usize;
+                    tree_matches &= tree.get(at..at + pairs.len()) == Some(pairs);
+                    Ok(())
+                },
+            )
             .map_err(io_error(&path))?;
             if found != digest || !tree_matches {
                 self.discard_damaged(&digest);
@@ -545,7 +551,11 @@ impl ArtifactStore {
             }
             state.partials.contains_key(&key)
         };
-        let room = if begun { None } else { Some(self.reserve(cost(bytes))?) };
+        let room = if begun {
+            None
+        } else {
+            Some(self.reserve(cost(bytes))?)
+        };
         let partial = Arc::new(Partial::open(&self.partial_dir(digest, bytes), *digest, bytes)?);
         let mut state = self.state();
         if let Some(other) = state.partials.get(&key).and_then(Weak::upgrade) {
@@ -734,7 +744,11 @@ impl ArtifactStore {
             .filter(|root| root.pins > 0)
             .flat_map(|root| &root.members)
             .collect();
-        let whole: u64 = held.iter().filter_map(|d| state.blobs.get(d)).map(|b| cost(*b)).sum();
+        let whole: u64 = held
+            .iter()
+            .filter_map(|d| state.blobs.get(d))
+            .map(|b| cost(*b))
+            .sum();
         let partial = state.partials.keys().filter(|(d, _)| held.contains(d));
         whole + partial.map(|(_, bytes)| cost(*bytes)).sum::<u64>()
     }
@@ -894,11 +908,9 @@ impl ArtifactStore {
         let tree = self.temp()?;
         let mut rest = bytes;
         (&data.file).write_all(bytes).map_err(io_error(&data.path))?;
-        let digest = make_outboard(
-            size,
-            &mut |buffer| rest.read_exact(buffer),
-            &mut |at, pairs| tree.file.write_all_at(pairs, at),
-        )
+        let digest = make_outboard(size, &mut |buffer| rest.read_exact(buffer), &mut |at, pairs| {
+            tree.file.write_all_at(pairs, at)
+        })
         .map_err(io_error(&tree.path))?;
         let held = self.place(digest, size, data, tree, room)?;
         Ok((digest, held))
@@ -922,7 +934,8 @@ impl ArtifactStore {
                 .map_err(io_error(&data.path))?;
         }
         let mut state = self.state();
-        if !state.blobs.contains_key(&digest) {
+        let here = state.blobs.contains_key(&digest);
+        if !here {
             if known {
                 // It went while we hashed; the next attempt will write it.
                 return Err(StoreError::Io {
@@ -965,9 +978,9 @@ impl ArtifactStore {
         let mut name = dest.file_name().unwrap_or_default().to_owned();
         name.push(format!(".{}.karez-part", std::process::id()));
         let part = dest.with_file_name(name);
-        let result = self.materialise_at(artifact, &part, by_link).and_then(|()| {
-            fs::rename(&part, dest).map_err(io_error(dest))
-        });
+        let result = self
+            .materialise_at(artifact, &part, by_link)
+            .and_then(|()| fs::rename(&part, dest).map_err(io_error(dest)));
         if result.is_err() {
             drop(fs::remove_file(&part));
             drop(fs::remove_dir_all(&part));
@@ -1045,7 +1058,10 @@ impl ArtifactStore {
                 ArtifactKind::Blob => HashSet::from([artifact.digest]),
                 ArtifactKind::Tree => manifest
                     .and_then(|bytes| Manifest::decode(&bytes).ok())
-                    .map_or_else(|| HashSet::from([artifact.digest]), |m| members_of(artifact.digest, &m)),
+                    .map_or_else(
+                        || HashSet::from([artifact.digest]),
+                        |m| members_of(artifact.digest, &m),
+                    ),
             };
             let here = members.iter().all(|digest| state.blobs.contains_key(digest));
             let complete = said_complete && here;
@@ -1202,12 +1218,16 @@ impl Partial {
         let mut run: (u64, Vec<u8>) = (0, Vec::new());
         for (offset, at) in &batch.pairs {
             if run.0 + run.1.len() as u64 != *offset {
-                self.tree.write_all_at(&run.1, run.0).map_err(|e| io_error(&self.dir)(e))?;
+                self.tree
+                    .write_all_at(&run.1, run.0)
+                    .map_err(|e| io_error(&self.dir)(e))?;
                 run = (*offset, Vec::with_capacity(1024));
             }
             run.1.extend_from_slice(&encoded[at.clone()]);
         }
-        self.tree.write_all_at(&run.1, run.0).map_err(|e| io_error(&self.dir)(e))?;
+        self.tree
+            .write_all_at(&run.1, run.0)
+            .map_err(|e| io_error(&self.dir)(e))?;
         let block = first / BLOCK_BYTES;
         let mut map = self.map();
         if !bit(&map.bits, block) {
@@ -1300,7 +1320,10 @@ fn parse_root(name: &str) -> Option<(ArtifactRef, bool)> {
 }
 
 fn file_name(path: &Path) -> String {
-    path.file_name().unwrap_or_default().to_string_lossy().into_owned()
+    path.file_name()
+        .unwrap_or_default()
+        .to_string_lossy()
+        .into_owned()
 }
 
 fn list_dir(path: &Path) -> Result<Vec<PathBuf>, StoreError> {
@@ -1337,7 +1360,11 @@ fn list_files(dir: &Path, prefix: &str, depth: usize, out: &mut Vec<String>) -> 
         let Ok(name) = entry.file_name().into_string() else {
             return unsupported(path, "its name is not UTF-8");
         };
-        let name = if prefix.is_empty() { name } else { format!("{prefix}/{name}") };
+        let name = if prefix.is_empty() {
+            name
+        } else {
+            format!("{prefix}/{name}")
+        };
         manifest::check_path(&name)?;
         let kind = entry.file_type().map_err(io_error(&path))?;
         if kind.is_dir() {
@@ -1352,7 +1379,10 @@ fn list_files(dir: &Path, prefix: &str, depth: usize, out: &mut Vec<String>) -> 
             }
             out.push(name);
         } else {
-            return unsupported(path, "it is neither a file nor a directory (links are not followed)");
+            return unsupported(
+                path,
+                "it is neither a file nor a directory (links are not followed)",
+            );
         }
     }
     Ok(())

@@ -238,7 +238,10 @@ mod tests {
     }
 
     /// Runs a handshake in memory and says what each end thinks of the other.
-    fn shake(server: ServerConfig, client: ClientConfig) -> (Result<PublicKey, Error>, Result<PublicKey, Error>) {
+    fn shake(
+        server: ServerConfig,
+        client: ClientConfig,
+    ) -> (Result<PublicKey, Error>, Result<PublicKey, Error>) {
         let mut s = rustls::ServerConnection::new(Arc::new(server)).unwrap();
         let name = ServerName::try_from("karez").unwrap();
         let mut c = rustls::ClientConnection::new(Arc::new(client), name).unwrap();

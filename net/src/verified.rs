@@ -392,7 +392,12 @@ mod tests {
         out
     }
 
-    fn decode(digest: Digest, bytes: u64, blocks: Range<u64>, mut encoded: &[u8]) -> Result<Vec<u8>, Mismatch> {
+    fn decode(
+        digest: Digest,
+        bytes: u64,
+        blocks: Range<u64>,
+        mut encoded: &[u8],
+    ) -> Result<Vec<u8>, Mismatch> {
         let mut decoder = Decoder::new(digest, bytes, blocks);
         let mut out = Vec::new();
         while let Some(length) = decoder.next_len() {

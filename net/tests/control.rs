@@ -1,4 +1,6 @@
 //! The listener and connector under gRPC, on real loopback sockets.
+// Helpers outside `#[test]` functions are test code too.
+#![allow(clippy::unwrap_used)]
 use futures::{Stream, StreamExt};
 use karez_core::key::{PublicKey, SecretKey};
 use karez_net::{
@@ -38,7 +40,10 @@ async fn a_client_is_known_by_its_key() {
     client.await.unwrap().unwrap();
 
     let mut request = tonic::Request::new(());
-    assert_eq!(control::peer_key_of(&request).unwrap_err().code(), tonic::Code::Unauthenticated);
+    assert_eq!(
+        control::peer_key_of(&request).unwrap_err().code(),
+        tonic::Code::Unauthenticated
+    );
     let peer: PeerInfo = stream.peer();
     request.extensions_mut().insert(peer);
     assert_eq!(control::peer_key_of(&request).unwrap(), peer.key);
@@ -56,12 +61,22 @@ async fn failures_to_connect_say_what_to_check() {
     };
     assert_eq!(wrong.unwrap_err(), expected);
 
-    let free = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
+    let free = TcpListener::bind("127.0.0.1:0")
+        .await
+        .unwrap()
+        .local_addr()
+        .unwrap();
     let refused = control::connect(&free.to_string(), &secret(2), PublicKey::of(&secret(1))).await;
-    assert!(matches!(refused, Err(ConnectError::Refused { .. })), "{refused:?}");
+    assert!(
+        matches!(refused, Err(ConnectError::Refused { .. })),
+        "{refused:?}"
+    );
 
     let nowhere = control::connect("no-such-host.invalid:1", &secret(2), PublicKey::of(&secret(1))).await;
-    assert!(matches!(nowhere, Err(ConnectError::Unreachable { .. })), "{nowhere:?}");
+    assert!(
+        matches!(nowhere, Err(ConnectError::Unreachable { .. })),
+        "{nowhere:?}"
+    );
 
     let other = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let addr = other.local_addr().unwrap();
@@ -86,7 +101,9 @@ async fn refused_keys_noise_and_silence_harm_nobody() {
     tokio::time::sleep(Duration::from_millis(100)).await;
     let mut over = TcpStream::connect(addr).await.unwrap();
     let mut byte = [0];
-    let closed = timeout(Duration::from_secs(2), over.read(&mut byte)).await.unwrap();
+    let closed = timeout(Duration::from_secs(2), over.read(&mut byte))
+        .await
+        .unwrap();
     assert!(matches!(closed, Ok(0) | Err(_)));
     drop(silent);
     tokio::time::sleep(Duration::from_millis(100)).await;

@@ -1,8 +1,13 @@
 //! Small swarms on loopback.
+// Helpers outside `#[test]` functions are test code too.
+#![allow(clippy::unwrap_used)]
 use karez_core::key::{PublicKey, SecretKey};
 use karez_net::{
     identity,
-    peer::{Answer, Multiaddr, OFFER_BYTES_MAX, Peer, PeerConfig, PeerError, PeerEvent, SUMMARY_BYTES_MAX, Verdict},
+    peer::{
+        Answer, Multiaddr, OFFER_BYTES_MAX, Peer, PeerConfig, PeerError, PeerEvent, SUMMARY_BYTES_MAX,
+        Verdict,
+    },
 };
 use libp2p::multiaddr::Protocol;
 use std::time::Duration;
@@ -56,7 +61,9 @@ fn answer_offers(mut events: Receiver<PeerEvent>, how: Answer) -> Receiver<(Publ
 }
 
 async fn within<T>(what: &str, future: impl Future<Output = T>) -> T {
-    timeout(Duration::from_secs(20), future).await.unwrap_or_else(|_| panic!("{what} took too long"))
+    timeout(Duration::from_secs(20), future)
+        .await
+        .unwrap_or_else(|_| panic!("{what} took too long"))
 }
 
 #[tokio::test]
@@ -75,7 +82,9 @@ async fn a_node_finds_a_scheduler_through_another_and_its_offer_is_answered() {
     within("finding both schedulers", async {
         loop {
             let found = node.find_schedulers().await.unwrap();
-            let both = [key(1), key(2)].iter().all(|k| found.iter().any(|f| f.key == *k && !f.addrs.is_empty()));
+            let both = [key(1), key(2)]
+                .iter()
+                .all(|k| found.iter().any(|f| f.key == *k && !f.addrs.is_empty()));
             if both {
                 break;
             }
@@ -89,7 +98,10 @@ async fn a_node_finds_a_scheduler_through_another_and_its_offer_is_answered() {
     ));
     let answer = within("the answer", node.advertise(key(2), b"an offer".to_vec())).await;
     assert_eq!(answer, Ok(Answer::Accepted));
-    assert_eq!(within("the offer", offers.recv()).await, Some((key(3), b"an offer".to_vec())));
+    assert_eq!(
+        within("the offer", offers.recv()).await,
+        Some((key(3), b"an offer".to_vec()))
+    );
     assert_eq!(b.counts().offers, 1);
 }
 
@@ -104,9 +116,16 @@ async fn refusals_limits_and_rates_are_told_to_the_sender() {
     let lost = node.advertise(key(1), vec![1]).await;
     assert!(matches!(lost, Err(PeerError::Unreachable { .. })), "{lost:?}");
     node.introduce(key(1), addr.clone()).await.unwrap();
-    assert_eq!(within("the answer", node.advertise(key(1), vec![1])).await, Ok(refusal));
+    assert_eq!(
+        within("the answer", node.advertise(key(1), vec![1])).await,
+        Ok(refusal)
+    );
     let large = vec![7; OFFER_BYTES_MAX];
-    assert!(within("a large offer", node.advertise(key(1), large)).await.is_ok());
+    assert!(
+        within("a large offer", node.advertise(key(1), large))
+            .await
+            .is_ok()
+    );
     let too_large = node.advertise(key(1), vec![7; OFFER_BYTES_MAX + 1]).await;
     assert!(matches!(too_large, Err(PeerError::TooLarge { .. })));
     let mut over_rate = 0;
@@ -120,7 +139,14 @@ async fn refusals_limits_and_rates_are_told_to_the_sender() {
     assert!(over_rate >= 5, "only {over_rate} were refused");
     assert_eq!(a.counts().offers_over_rate, over_rate);
     // Nodes take no offers.
-    let (other, _events) = Peer::start(&secret(4), PeerConfig { listen: loopback(), ..PeerConfig::node(vec![]) }).unwrap();
+    let (other, _events) = Peer::start(
+        &secret(4),
+        PeerConfig {
+            listen: loopback(),
+            ..PeerConfig::node(vec![])
+        },
+    )
+    .unwrap();
     node.introduce(key(4), listening(&other).await).await.unwrap();
     let wrong = within("a node's answer", node.advertise(key(4), vec![1])).await;
     assert!(matches!(wrong, Err(PeerError::NotScheduler { .. })), "{wrong:?}");
@@ -133,7 +159,7 @@ async fn summaries_reach_schedulers_that_are_not_neighbours() {
     let (a, mut a_events, a_addr) = scheduler(1, vec![]).await;
     let (b, mut b_events, b_addr) = scheduler(2, vec![a_addr]).await;
     let (_c, mut c_events, _) = scheduler(3, vec![b_addr]).await;
-    assert_eq!(a.publish_summary(vec![0; SUMMARY_BYTES_MAX + 1]).await.is_err(), true);
+    assert!(a.publish_summary(vec![0; SUMMARY_BYTES_MAX + 1]).await.is_err());
     // Subscriptions travel after the connection; publish until someone is there to hear.
     within("a neighbour", async {
         while b.publish_summary(b"b's".to_vec()).await.is_err() {
@@ -168,8 +194,19 @@ async fn summaries_reach_schedulers_that_are_not_neighbours() {
 async fn noise_on_the_port_harms_nothing_and_a_lost_bootstrap_is_found_again() {
     let (a, events, addr) = scheduler(1, vec![]).await;
     let _offers = answer_offers(events, Answer::Accepted);
-    let port = addr.iter().find_map(|p| match p { Protocol::Tcp(port) => Some(port), _ => None }).unwrap();
-    for noise in [&b"GET / HTTP/1.1\r\n\r\n"[..], &[0xff; 100_000], b"\x13/multistream/1.0.0\n\x07/noise\n\xff\xff", b""] {
+    let port = addr
+        .iter()
+        .find_map(|p| match p {
+            Protocol::Tcp(port) => Some(port),
+            _ => None,
+        })
+        .unwrap();
+    for noise in [
+        &b"GET / HTTP/1.1\r\n\r\n"[..],
+        &[0xff; 100_000],
+        b"\x13/multistream/1.0.0\n\x07/noise\n\xff\xff",
+        b"",
+    ] {
         let mut stream = TcpStream::connect(("127.0.0.1", port)).await.unwrap();
         let _ = stream.write_all(noise).await;
     }
@@ -180,7 +217,10 @@ async fn noise_on_the_port_harms_nothing_and_a_lost_bootstrap_is_found_again() {
         }
     };
     within("the first connection", connected(&node)).await;
-    assert_eq!(within("the answer", node.advertise(key(1), vec![1])).await, Ok(Answer::Accepted));
+    assert_eq!(
+        within("the answer", node.advertise(key(1), vec![1])).await,
+        Ok(Answer::Accepted)
+    );
     a.stop().await;
     drop(a);
     within("noticing the loss", async {

@@ -1,4 +1,6 @@
 //! The artifact store on a real file system.
+// Helpers outside `#[test]` functions are test code too.
+#![allow(clippy::unwrap_used)]
 use karez_core::{
     artifact::{ArtifactKind, ArtifactRef},
     id::Digest,
@@ -26,7 +28,11 @@ fn files_below(dir: &Path) -> usize {
         .unwrap()
         .map(|entry| {
             let entry = entry.unwrap();
-            if entry.file_type().unwrap().is_dir() { files_below(&entry.path()) } else { 1 }
+            if entry.file_type().unwrap().is_dir() {
+                files_below(&entry.path())
+            } else {
+                1
+            }
         })
         .sum()
 }
@@ -44,7 +50,10 @@ fn files_and_directories_come_back_as_they_went_in() {
         assert_eq!(store.add_bytes(&content).unwrap(), artifact);
         assert!(store.contains(&artifact));
         assert_eq!(store.read(&artifact, Bytes(1 << 30)).unwrap(), content);
-        let mode = fs::metadata(store.path(&artifact).unwrap()).unwrap().permissions().mode();
+        let mode = fs::metadata(store.path(&artifact).unwrap())
+            .unwrap()
+            .permissions()
+            .mode();
         assert_eq!(mode & 0o777, 0o444);
         store.verify(&artifact).unwrap();
     }
@@ -59,10 +68,19 @@ fn files_and_directories_come_back_as_they_went_in() {
     store.verify(&artifact).unwrap();
     for link in [false, true] {
         let out = dir.path().join(format!("out-{link}"));
-        if link { store.link(&artifact, &out) } else { store.export(&artifact, &out) }.unwrap();
+        if link {
+            store.link(&artifact, &out)
+        } else {
+            store.export(&artifact, &out)
+        }
+        .unwrap();
         assert_eq!(fs::read(out.join("a/b/x")).unwrap(), b"same");
         assert_eq!(fs::read(out.join("z")).unwrap(), noise(100_000, 2));
-        assert_eq!(store.add_dir(&out).unwrap(), artifact, "equal directories have equal names");
+        assert_eq!(
+            store.add_dir(&out).unwrap(),
+            artifact,
+            "equal directories have equal names"
+        );
         assert!(store.export(&artifact, &out).is_err(), "nothing is overwritten");
     }
     // A reopened store knows the same things.
@@ -82,8 +100,14 @@ fn links_and_odd_files_are_refused_not_followed() {
     let tree = dir.path().join("tree");
     fs::create_dir(&tree).unwrap();
     std::os::unix::fs::symlink("/etc/passwd", tree.join("link")).unwrap();
-    assert!(matches!(store.add_dir(&tree), Err(StoreError::Unsupported { .. })));
-    assert!(matches!(store.add_file(&tree), Err(StoreError::Unsupported { .. })));
+    assert!(matches!(
+        store.add_dir(&tree),
+        Err(StoreError::Unsupported { .. })
+    ));
+    assert!(matches!(
+        store.add_file(&tree),
+        Err(StoreError::Unsupported { .. })
+    ));
     assert_eq!(store.used(), Bytes(0));
 }
 
@@ -93,7 +117,10 @@ fn the_unused_go_first_and_the_pinned_never() {
     let store = open(dir.path(), 50_000);
     let add = |seed| store.add_bytes(&noise(15_000, seed)).unwrap();
     let (a, b, c) = (add(1), add(2), add(3));
-    assert_eq!(store.list().iter().map(|s| s.artifact).collect::<Vec<_>>(), [c, b, a]);
+    assert_eq!(
+        store.list().iter().map(|s| s.artifact).collect::<Vec<_>>(),
+        [c, b, a]
+    );
     let pin = store.pin(&a).unwrap();
     let d = add(4);
     assert!(store.contains(&a), "pinned");
@@ -102,14 +129,26 @@ fn the_unused_go_first_and_the_pinned_never() {
     assert!(matches!(store.remove(&a), Err(StoreError::InUse { .. })));
     let pins = [store.pin(&c).unwrap(), store.pin(&d).unwrap()];
     let full = store.add_bytes(&noise(15_000, 5)).unwrap_err();
-    assert!(matches!(full, StoreError::Full { pinned: Bytes(45_000), .. }), "{full:?}");
+    assert!(
+        matches!(
+            full,
+            StoreError::Full {
+                pinned: Bytes(45_000),
+                ..
+            }
+        ),
+        "{full:?}"
+    );
     assert!(full.to_string().contains("raise the limit"), "{full}");
     drop((pin, pins));
     let e = add(6);
     assert!(!store.contains(&a) && store.contains(&e));
     // What can never fit throws nothing out.
     let before = store.list();
-    assert!(matches!(store.add_bytes(&noise(60_000, 7)), Err(StoreError::Full { .. })));
+    assert!(matches!(
+        store.add_bytes(&noise(60_000, 7)),
+        Err(StoreError::Full { .. })
+    ));
     assert_eq!(store.list(), before);
     assert!(store.used() <= store.limit());
     assert_eq!(files_below(&dir.path().join("temp")), 0);
@@ -149,10 +188,17 @@ fn damage_is_found_and_removed_and_litter_is_swept() {
     drop(store);
 
     fs::write(dir.path().join("temp/7"), b"half").unwrap();
-    fs::write(dir.path().join("blobs/zz"), b"").map(|()| fs::remove_file(dir.path().join("blobs/zz"))).unwrap().unwrap();
+    fs::write(dir.path().join("blobs/zz"), b"")
+        .map(|()| fs::remove_file(dir.path().join("blobs/zz")))
+        .unwrap()
+        .unwrap();
     let orphan = Digest::of(b"orphan").to_string();
     fs::create_dir_all(dir.path().join("blobs").join(&orphan[..2])).unwrap();
-    fs::write(dir.path().join("blobs").join(&orphan[..2]).join(&orphan), b"orphan").unwrap();
+    fs::write(
+        dir.path().join("blobs").join(&orphan[..2]).join(&orphan),
+        b"orphan",
+    )
+    .unwrap();
     fs::write(dir.path().join("roots/what-is-this"), b"").unwrap();
     let store = open(dir.path(), 1 << 30);
     assert!(store.contains(&artifact));

@@ -1,4 +1,6 @@
 //! Artifacts between stores over QUIC on loopback.
+// Helpers outside `#[test]` functions are test code too.
+#![allow(clippy::unwrap_used)]
 use karez_core::{
     artifact::{ArtifactKind, ArtifactRef},
     id::Digest,
@@ -51,7 +53,11 @@ impl Party {
             key: PublicKey::of(&secret),
             addrs: vec![transfers.local_addr()],
         };
-        Self { transfers, holder, dir }
+        Self {
+            transfers,
+            holder,
+            dir,
+        }
     }
 
     fn store(&self) -> &ArtifactStore {
@@ -83,7 +89,9 @@ fn tree_in(dir: &Path) -> std::path::PathBuf {
 }
 
 async fn within<T>(future: impl Future<Output = T>) -> T {
-    timeout(Duration::from_secs(50), future).await.expect("took too long")
+    timeout(Duration::from_secs(50), future)
+        .await
+        .expect("took too long")
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -95,7 +103,12 @@ async fn blobs_and_trees_are_fetched_whole_and_verified() {
     }
     artifacts.push(a.store().add_dir(&tree_in(a.dir.path())).unwrap());
     let (progress, last) = watched();
-    let pins = within(b.transfers.fetch(&artifacts, &[a.holder.clone()], progress)).await.unwrap();
+    let pins = within(
+        b.transfers
+            .fetch(&artifacts, std::slice::from_ref(&a.holder), progress),
+    )
+    .await
+    .unwrap();
     assert_eq!(pins.iter().map(|p| p.artifact()).collect::<Vec<_>>(), artifacts);
     for artifact in &artifacts {
         b.store().verify(artifact).unwrap();
@@ -112,7 +125,9 @@ async fn blobs_and_trees_are_fetched_whole_and_verified() {
     assert!(b.store().list().iter().all(|s| !s.pinned));
     // All of it is here: nothing moves, nobody is asked.
     let (progress, last) = watched();
-    within(b.transfers.fetch(&artifacts, &[], progress)).await.unwrap();
+    within(b.transfers.fetch(&artifacts, &[], progress))
+        .await
+        .unwrap();
     assert_eq!(last.lock().unwrap().moved, Bytes(0));
     a.transfers.close().await;
 }
@@ -131,13 +146,22 @@ async fn a_corrupt_holder_is_left_and_another_used() {
     }
     fs::write(&path, bytes).unwrap();
 
-    let alone = within(c.transfers.fetch(&[artifact], &[a.holder.clone()], unwatched())).await;
+    let alone = within(
+        c.transfers
+            .fetch(&[artifact], std::slice::from_ref(&a.holder), unwatched()),
+    )
+    .await;
     let error = alone.unwrap_err().to_string();
-    assert!(error.contains("do not match") && error.contains(&a.holder.key.short()), "{error}");
+    assert!(
+        error.contains("do not match") && error.contains(&a.holder.key.short()),
+        "{error}"
+    );
     assert!(!c.store().contains(&artifact));
 
     let holders = [a.holder.clone(), b.holder.clone()];
-    within(c.transfers.fetch(&[artifact], &holders, unwatched())).await.unwrap();
+    within(c.transfers.fetch(&[artifact], &holders, unwatched()))
+        .await
+        .unwrap();
     c.store().verify(&artifact).unwrap();
 }
 
@@ -150,7 +174,13 @@ async fn a_cut_transfer_goes_on_where_it_was_even_after_a_restart() {
     let secret = SecretKey::from_bytes(&[2; 32]);
     let start = || {
         let store = ArtifactStore::open(dir.path(), Bytes(1 << 30)).unwrap();
-        Transfers::bind("127.0.0.1:0".parse().unwrap(), &secret, store, Arc::new(|_, _| false)).unwrap()
+        Transfers::bind(
+            "127.0.0.1:0".parse().unwrap(),
+            &secret,
+            store,
+            Arc::new(|_, _| false),
+        )
+        .unwrap()
     };
     let b = start();
     let (progress, last) = watched();
@@ -173,11 +203,17 @@ async fn a_cut_transfer_goes_on_where_it_was_even_after_a_restart() {
     let listed = b.store().list();
     assert_eq!((listed.len(), listed[0].complete), (1, false));
     let (progress, last) = watched();
-    within(b.fetch(&[artifact], &[a.holder.clone()], progress)).await.unwrap();
+    within(b.fetch(&[artifact], std::slice::from_ref(&a.holder), progress))
+        .await
+        .unwrap();
     let last = *last.lock().unwrap();
     assert_eq!(last.done.0, size);
     // What was in flight at the cut may come again, what was told as done may not.
-    assert!(last.moved.0 <= size - before + 8 * MIB / 4, "moved {} after {before}", last.moved.0);
+    assert!(
+        last.moved.0 <= size - before + 8 * MIB / 4,
+        "moved {} after {before}",
+        last.moved.0
+    );
     assert!(last.moved.0 < size, "moved {}", last.moved.0);
     b.store().verify(&artifact).unwrap();
 }
@@ -207,11 +243,17 @@ async fn a_holder_that_vanishes_is_replaced_in_mid_transfer() {
 async fn pushes_need_leave_and_room_and_resume() {
     let a = Party::new(1);
     let friend = a.holder.key;
-    let b = Party::with(2, 30_000_000, Arc::new(move |key, op| *key == friend && !matches!(op, Op::Get(_))));
+    let b = Party::with(
+        2,
+        30_000_000,
+        Arc::new(move |key, op| *key == friend && !matches!(op, Op::Get(_))),
+    );
     let stranger = Party::new(3);
     let tree = a.store().add_dir(&tree_in(a.dir.path())).unwrap();
-    assert_eq!(a.transfers.has(tree, &b.holder).await.unwrap(), false);
-    within(a.transfers.push(tree, &b.holder, unwatched())).await.unwrap();
+    assert!(!a.transfers.has(tree, &b.holder).await.unwrap());
+    within(a.transfers.push(tree, &b.holder, unwatched()))
+        .await
+        .unwrap();
     b.store().verify(&tree).unwrap();
     assert!(a.transfers.has(tree, &b.holder).await.unwrap());
     let (progress, last) = watched();
@@ -219,17 +261,27 @@ async fn pushes_need_leave_and_room_and_resume() {
     assert_eq!(last.lock().unwrap().moved, Bytes(0), "it is there already");
 
     let blob = a.store().add_bytes(&noise(15_000_000, 7)).unwrap();
-    within(a.transfers.push(blob, &b.holder, unwatched())).await.unwrap();
+    within(a.transfers.push(blob, &b.holder, unwatched()))
+        .await
+        .unwrap();
     b.store().verify(&blob).unwrap();
 
     let large = a.store().add_bytes(&noise(31_000_000, 8)).unwrap();
-    let full = within(a.transfers.push(large, &b.holder, unwatched())).await.unwrap_err();
+    let full = within(a.transfers.push(large, &b.holder, unwatched()))
+        .await
+        .unwrap_err();
     assert!(matches!(full, TransferError::Declined { .. }), "{full}");
 
     let own = stranger.store().add_bytes(b"unwanted").unwrap();
-    let denied = within(stranger.transfers.push(own, &b.holder, unwatched())).await.unwrap_err();
+    let denied = within(stranger.transfers.push(own, &b.holder, unwatched()))
+        .await
+        .unwrap_err();
     assert!(denied.to_string().contains("does not allow"), "{denied}");
-    let denied = within(a.transfers.fetch(&[blob_of(b"x")], &[b.holder.clone()], unwatched())).await;
+    let denied = within(
+        a.transfers
+            .fetch(&[blob_of(b"x")], std::slice::from_ref(&b.holder), unwatched()),
+    )
+    .await;
     assert!(denied.unwrap_err().to_string().contains("does not allow"));
 }
 
@@ -245,24 +297,53 @@ fn blob_of(bytes: &[u8]) -> ArtifactRef {
 async fn references_that_lie_and_manifests_that_lead_outside_are_refused() {
     let (a, b) = (Party::new(1), Party::new(2));
     let good = a.store().add_bytes(&noise(1_000_000, 9)).unwrap();
-    let lie = ArtifactRef { bytes: Bytes(2_000_000), ..good };
-    let refused = within(b.transfers.fetch(&[lie], &[a.holder.clone()], unwatched())).await;
+    let lie = ArtifactRef {
+        bytes: Bytes(2_000_000),
+        ..good
+    };
+    let refused = within(
+        b.transfers
+            .fetch(&[lie], std::slice::from_ref(&a.holder), unwatched()),
+    )
+    .await;
     assert!(refused.is_err());
 
     // A hostile tree: its "manifest" is a blob that names a path outside. The holder's own store would never make
     // one, so it is smuggled in as a blob and served under a tree's name by editing the store's roots.
     let text = format!("karez-manifest 1\n{} 1 ../outside\n", Digest::of(b"x"));
     let blob = a.store().add_bytes(text.as_bytes()).unwrap();
-    let tree = ArtifactRef { kind: ArtifactKind::Tree, bytes: Bytes(1), ..blob };
-    fs::write(a.dir.path().join("roots").join(format!("tree-{}-1", blob.digest)), b"").unwrap();
+    let tree = ArtifactRef {
+        kind: ArtifactKind::Tree,
+        bytes: Bytes(1),
+        ..blob
+    };
+    fs::write(
+        a.dir.path().join("roots").join(format!("tree-{}-1", blob.digest)),
+        b"",
+    )
+    .unwrap();
     let dir = a.dir.path().to_owned();
     a.transfers.close().await;
     let secret = SecretKey::from_bytes(&[1; 32]);
     let store = ArtifactStore::open(&dir, Bytes(1 << 30)).unwrap();
-    let evil = Transfers::bind("127.0.0.1:0".parse().unwrap(), &secret, store, Arc::new(|_, _| true)).unwrap();
-    let holder = Holder { key: a.holder.key, addrs: vec![evil.local_addr()] };
-    let refused = within(b.transfers.fetch(&[tree], &[holder], unwatched())).await.unwrap_err();
-    assert!(matches!(refused, TransferError::Store(StoreError::Manifest(_))), "{refused:?}");
+    let evil = Transfers::bind(
+        "127.0.0.1:0".parse().unwrap(),
+        &secret,
+        store,
+        Arc::new(|_, _| true),
+    )
+    .unwrap();
+    let holder = Holder {
+        key: a.holder.key,
+        addrs: vec![evil.local_addr()],
+    };
+    let refused = within(b.transfers.fetch(&[tree], &[holder], unwatched()))
+        .await
+        .unwrap_err();
+    assert!(
+        matches!(refused, TransferError::Store(StoreError::Manifest(_))),
+        "{refused:?}"
+    );
     assert!(!b.store().contains(&tree));
 }
 
@@ -281,14 +362,27 @@ async fn wrong_keys_noise_and_absence_are_told_plainly() {
             socket.send_to(&packet, a.holder.addrs[0]).unwrap();
         }
     }
-    let imposter = Holder { key: b.holder.key, addrs: a.holder.addrs.clone() };
+    let imposter = Holder {
+        key: b.holder.key,
+        addrs: a.holder.addrs.clone(),
+    };
     let wrong = within(b.transfers.fetch(&[artifact], &[imposter], unwatched())).await;
     assert!(matches!(wrong, Err(TransferError::NoHolder { .. })), "{wrong:?}");
-    let absent = within(b.transfers.fetch(&[blob_of(b"absent")], &[a.holder.clone()], unwatched())).await;
+    let absent = within(b.transfers.fetch(
+        &[blob_of(b"absent")],
+        std::slice::from_ref(&a.holder),
+        unwatched(),
+    ))
+    .await;
     assert!(absent.unwrap_err().to_string().contains("not in this store"));
     let nobody = within(b.transfers.fetch(&[artifact], &[], unwatched())).await;
     assert!(nobody.unwrap_err().to_string().contains("no holder is known"));
-    within(b.transfers.fetch(&[artifact], &[a.holder.clone()], unwatched())).await.unwrap();
+    within(
+        b.transfers
+            .fetch(&[artifact], std::slice::from_ref(&a.holder), unwatched()),
+    )
+    .await
+    .unwrap();
 
     // A connection with the right key that speaks nonsense.
     let endpoint = nonsense(&a.holder).await;
@@ -298,14 +392,25 @@ async fn wrong_keys_noise_and_absence_are_told_plainly() {
 
 async fn nonsense(to: &Holder) -> quinn::Endpoint {
     let secret = SecretKey::from_bytes(&[7; 32]);
-    let tls = karez_net::tls::client(&secret, karez_net::tls::ALPN_ARTIFACT, karez_net::tls::only(to.key)).unwrap();
+    let tls = karez_net::tls::client(
+        &secret,
+        karez_net::tls::ALPN_ARTIFACT,
+        karez_net::tls::only(to.key),
+    )
+    .unwrap();
     let crypto = quinn::crypto::rustls::QuicClientConfig::try_from(tls).unwrap();
     let endpoint = quinn::Endpoint::client("127.0.0.1:0".parse().unwrap()).unwrap();
     let connecting = endpoint
         .connect_with(quinn::ClientConfig::new(Arc::new(crypto)), to.addrs[0], "karez")
         .unwrap();
     let connection = connecting.await.unwrap();
-    for bytes in [&b""[..], &[0xff, 0xff], &[0, 1, 9], &[0, 42, 2, 0, 1, 2], &[0xff; 100_000]] {
+    for bytes in [
+        &b""[..],
+        &[0xff, 0xff],
+        &[0, 1, 9],
+        &[0, 42, 2, 0, 1, 2],
+        &[0xff; 100_000],
+    ] {
         let (mut send, mut recv) = connection.open_bi().await.unwrap();
         let _ = send.write_all(bytes).await;
         let _ = send.finish();

@@ -81,25 +81,35 @@ async fn blocking<T: Send + 'static>(
     })
 }
 
-async fn connect(inner: &Inner, holder: &Holder) -> Result<Connection, String> {
-    let mut why = "it has no address".to_owned();
+async fn connect(inner: &Inner, holder: &Holder) -> Result<Connection, Failure> {
+    let mut failure = Failure::Useless("it has no address".into());
     for addr in holder.addrs.iter().take(ADDRS_MAX) {
         let bbr = inner.lossy.contains(addr.ip());
-        let config = client_config(&inner.secret, holder.key, bbr).map_err(|e| e.to_string())?;
-        let connecting = match inner.endpoint.connect_with(config, *addr, "karez") {
-            Ok(connecting) => connecting,
-            Err(error) => {
-                why = format!("{addr}: {error}");
-                continue;
-            }
+        let config = client_config(&inner.secret, holder.key, bbr);
+        let config = config.map_err(|e| Failure::Useless(e.to_string()))?;
+        failure = match inner.endpoint.connect_with(config, *addr, "karez") {
+            Ok(connecting) => match timeout(CONNECT_MAX, connecting).await {
+                Ok(Ok(connection)) => return Ok(connection),
+                Ok(Err(error)) if is_tls_refusal(&error) => {
+                    Failure::Useless(format!("{addr} does not prove that it is this holder ({error})"))
+                }
+                Ok(Err(error)) => Failure::Lost(format!("{addr}: {error}")),
+                Err(_) => Failure::Lost(format!("{addr}: no answer in {} s", CONNECT_MAX.as_secs())),
+            },
+            Err(error) => Failure::Useless(format!("{addr}: {error}")),
         };
-        match timeout(CONNECT_MAX, connecting).await {
-            Ok(Ok(connection)) => return Ok(connection),
-            Ok(Err(error)) => why = format!("{addr}: {error}"),
-            Err(_) => why = format!("{addr}: no answer in {} s", CONNECT_MAX.as_secs()),
-        }
     }
-    Err(why)
+    Err(failure)
+}
+
+/// QUIC reports TLS alerts as transport errors from 0x100 to 0x1ff (RFC 9001, section 4.8).
+fn is_tls_refusal(error: &quinn::ConnectionError) -> bool {
+    let code = match error {
+        quinn::ConnectionError::TransportError(error) => u64::from(error.code),
+        quinn::ConnectionError::ConnectionClosed(close) => u64::from(close.error_code),
+        _ => return false,
+    };
+    (0x100..0x200).contains(&code)
 }
 
 async fn ask(connection: &Connection, request: &Request) -> Result<(SendStream, RecvStream), StreamError> {
@@ -115,13 +125,22 @@ async fn ask_status(connection: &Connection, request: &Request) -> Result<(Statu
     wire::read_status(&mut recv).await
 }
 
-pub(super) async fn has(inner: &Inner, artifact: ArtifactRef, holder: &Holder) -> Result<bool, TransferError> {
+pub(super) async fn has(
+    inner: &Inner,
+    artifact: ArtifactRef,
+    holder: &Holder,
+) -> Result<bool, TransferError> {
     let lost = |why| TransferError::Lost {
         holder: holder.key.short(),
         artifact,
         why,
     };
-    let connection = connect(inner, holder).await.map_err(lost)?;
+    let connection = match connect(inner, holder).await {
+        Ok(connection) => connection,
+        Err(Failure::Lost(why) | Failure::Useless(why)) => return Err(lost(why)),
+        Err(Failure::Local(error)) => return Err(error.into()),
+        Err(Failure::Reconnect) => return Err(lost("it wants a new connection".into())),
+    };
     match ask_status(&connection, &Request::Has(artifact)).await {
         Ok((Status::Ok, _)) => Ok(true),
         Ok((Status::Missing, _)) => Ok(false),
@@ -539,9 +558,14 @@ impl Pool {
                 }
                 match connect(&self.inner, &slot.holder).await {
                     Ok(connection) => *current = Some(connection),
-                    Err(why) => {
+                    Err(failure) => {
                         *current = None;
-                        slot.lost(why);
+                        match failure {
+                            Failure::Useless(why) => slot.leave(why),
+                            Failure::Lost(why) => slot.lost(why),
+                            Failure::Local(error) => return Err(error.into()),
+                            Failure::Reconnect => {}
+                        }
                         continue;
                     }
                 }
@@ -585,6 +609,11 @@ impl Slot {
             state.useless = Some(why);
         }
     }
+
+    fn leave(&self, why: String) {
+        tracing::warn!(holder = %self.holder.key.short(), why, "holder left");
+        self.state().useless = Some(why);
+    }
 }
 
 impl Turn {
@@ -596,10 +625,7 @@ impl Turn {
                 return Ok(Some(value));
             }
             Err(Failure::Local(error)) => return Err(error.into()),
-            Err(Failure::Useless(why)) => {
-                tracing::warn!(holder = %self.slot.holder.key.short(), why, "holder left");
-                self.slot.state().useless = Some(why);
-            }
+            Err(Failure::Useless(why)) => self.slot.leave(why),
             Err(Failure::Reconnect) => self.connection.close(0u32.into(), b"reconnect"),
             Err(Failure::Lost(why)) => {
                 self.connection.close(0u32.into(), b"stalled");
@@ -638,13 +664,15 @@ pub(super) async fn push(
     let mut losses = 0;
     loop {
         let watch = Arc::new(Watch::new(progress.clone()));
-        watch.total.store(files.iter().map(|(_, b)| b).sum(), Ordering::Relaxed);
+        watch
+            .total
+            .store(files.iter().map(|(_, b)| b).sum(), Ordering::Relaxed);
         let failure = match connect(inner, to).await {
             Ok(connection) => match push_over(inner, &connection, artifact, &files, &watch).await {
                 Ok(()) => break,
                 Err(failure) => failure,
             },
-            Err(why) => Failure::Lost(why),
+            Err(failure) => failure,
         };
         if watch.moved.load(Ordering::Relaxed) > 0 {
             losses = 0;

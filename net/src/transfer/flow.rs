@@ -168,7 +168,6 @@ pub(super) async fn receive_blocks(
     } = expected;
     let mut walk = Walk::new(bytes, blocks.clone());
     let mut idle = Some((Decoder::new(digest, bytes, blocks), Vec::new()));
-    type Keeping = JoinHandle<Result<(Decoder, Vec<u8>, u64), ReceiveError>>;
     let mut keeping: Option<Keeping> = None;
     let mut result = Ok(());
     let mut buffer = Vec::new();
@@ -209,10 +208,10 @@ pub(super) async fn receive_blocks(
     Ok(result?)
 }
 
-async fn kept(
-    keeping: JoinHandle<Result<(Decoder, Vec<u8>, u64), ReceiveError>>,
-    on_block: &(dyn Fn(u64) + Sync),
-) -> Result<(Decoder, Vec<u8>), ReceiveError> {
+/// A block being hashed and written: gives back the decoder and the buffer, and says how much was kept.
+type Keeping = JoinHandle<Result<(Decoder, Vec<u8>, u64), ReceiveError>>;
+
+async fn kept(keeping: Keeping, on_block: &(dyn Fn(u64) + Sync)) -> Result<(Decoder, Vec<u8>), ReceiveError> {
     let (decoder, buffer, bytes) = keeping
         .await
         .map_err(|e| ReceiveError::Stream(StreamError::Lost(e.to_string())))??;

@@ -102,7 +102,9 @@ pub enum TransferError {
     #[error(transparent)]
     Store(#[from] StoreError),
     /// No holder could give it. What arrived is kept for the next attempt.
-    #[error("{artifact} could not be fetched: {tried}; what arrived is kept, try again or name another holder")]
+    #[error(
+        "{artifact} could not be fetched: {tried}; what arrived is kept, try again or name another holder"
+    )]
     NoHolder {
         /// What.
         artifact: ArtifactRef,
@@ -296,7 +298,9 @@ struct LossyPaths(Mutex<HashMap<IpAddr, Instant>>);
 impl LossyPaths {
     fn contains(&self, ip: IpAddr) -> bool {
         let table = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        table.get(&ip.to_canonical()).is_some_and(|at| at.elapsed() < LOSSY_REMEMBERED)
+        table
+            .get(&ip.to_canonical())
+            .is_some_and(|at| at.elapsed() < LOSSY_REMEMBERED)
     }
 
     /// Judges what this end has sent on `connection`. True when its path has just been found lossy: the connection

@@ -186,7 +186,18 @@ impl Session {
                 digest,
                 bytes,
                 blocks,
-            } => self.put_blocks(recv, artifact, Expected { digest, bytes, blocks }).await?,
+            } => {
+                self.put_blocks(
+                    recv,
+                    artifact,
+                    Expected {
+                        digest,
+                        bytes,
+                        blocks,
+                    },
+                )
+                .await?
+            }
             Request::PutEnd(artifact) => self.put_end(artifact).await,
         };
         let Refusal(status, reason) = refused.err().unwrap_or(Refusal(Status::Ok, String::new()));
