@@ -7,6 +7,7 @@
 //! - [`client`]: the node's end. Start at [`client::Worker`].
 //! - [`inspect`]: reading model headers without trusting them.
 //! - [`probe`]: what this machine has to offer.
+//! - [`shipped`]: the small model that comes with Karez.
 //! - `worker` (with the feature of that name): the other end, the engines and the sandbox.
 //! - `train` (with the same feature): a small Llama that learns, and its files.
 //!
@@ -17,6 +18,7 @@ pub mod error;
 pub mod inspect;
 pub mod probe;
 pub mod protocol;
+pub mod shipped;
 pub mod text;
 pub mod unit;
 

@@ -232,7 +232,7 @@ fn listen(mut input: BufReader<std::io::Stdin>, inbox: &Inbox, outlet: &Outlet) 
         match protocol::read::<Request>(&mut input) {
             Ok(Some(Request::Run { id, work })) => {
                 let mut tray = inbox.tray();
-                if tray.waiting.len() + usize::from(tray.current.is_some()) >= RUNS_MAX {
+                if tray.waiting.len() + usize::from(tray.current.is_some()) > RUNS_MAX {
                     drop(tray);
                     let error = EngineError::Busy {
                         limit: RUNS_MAX as u32,
