@@ -94,7 +94,7 @@ pub(crate) async fn redeem(
     if invitation.role != Role::User {
         return Err(fault(
             Kind::Refused,
-            "this invitation is for a node: use it with `karez node init --invitation`, or ask for one for users",
+            "this invitation is for a node: use it with `karez node init --join`, or ask for one for users",
         ));
     }
     if invitation.expires_at <= utc_now() {

@@ -25,7 +25,7 @@ use std::{future::Future, path::PathBuf, time::Duration};
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Example:
-  karez node init --invitation karez1... --country KE --price 0.40
+  karez node init --join karez1... --country KE --price 0.40
   karez node run")]
 pub(crate) struct NodeArgs {
     #[command(subcommand)]
@@ -46,7 +46,7 @@ enum NodeCommand {
     /// Make a node's folder and join a scheduler
     #[command(after_help = "\
 Examples:
-  karez node init --invitation karez1... --country KE --price 0.40
+  karez node init --join karez1... --country KE --price 0.40
   karez node init --country BR --institution my-lab    (join later)")]
     Init(InitArgs),
     /// Lend this machine until stopped
@@ -73,7 +73,7 @@ Examples:
 struct InitArgs {
     /// The scheduler's invitation for a node
     #[arg(long, value_name = "TEXT", conflicts_with_all = ["scheduler", "institution"])]
-    invitation: Option<String>,
+    join: Option<String>,
     /// The key of a scheduler that admits anybody
     #[arg(long, value_name = "KEY", requires_all = ["control_addr", "institution"])]
     scheduler: Option<SchedulerId>,
@@ -89,7 +89,7 @@ struct InitArgs {
     )]
     peer_addr: Vec<String>,
     /// Whose machine this is; an invitation says so itself
-    #[arg(long, value_name = "NAME", required_unless_present = "invitation")]
+    #[arg(long, value_name = "NAME", required_unless_present = "join")]
     institution: Option<Institution>,
     /// Where it stands (ISO 3166-1: KE)
     #[arg(long, value_name = "CODE")]
@@ -149,7 +149,7 @@ async fn daemon(dir: PathBuf) -> Result<()> {
 }
 
 async fn init(context: &Context, dir: PathBuf, args: InitArgs) -> Result<()> {
-    let join = match (args.invitation, args.scheduler, args.institution) {
+    let join = match (args.join, args.scheduler, args.institution) {
         (Some(text), _, _) => JoinBy::Invitation(text),
         (None, Some(scheduler), Some(institution)) => JoinBy::Open {
             scheduler,
@@ -161,7 +161,7 @@ async fn init(context: &Context, dir: PathBuf, args: InitArgs) -> Result<()> {
         (None, _, None) => {
             return Err(fault(
                 Kind::Usage,
-                "give --invitation TEXT, or --institution NAME",
+                "give --join INVITATION, or --institution NAME",
             ));
         }
     };

@@ -176,7 +176,7 @@ fn init(context: &Context, dir: &Path, args: InitArgs) -> Result<()> {
 
 fn invite_command(context: &Context, dir: &Path, args: &InviteArgs) -> Result<()> {
     let (role, next) = match args.role {
-        RoleArg::Node => (Role::Node, "karez node init --country CODE --invitation TEXT"),
+        RoleArg::Node => (Role::Node, "karez node init --country CODE --join INVITATION"),
         RoleArg::User => (Role::User, "karez join TEXT"),
     };
     let options = InviteOptions {
