@@ -735,6 +735,14 @@ impl Task {
                 info,
                 ..
             })) => self.on_identify(peer_id, info),
+            SwarmEvent::Behaviour(BehaviourEvent::Ping(ping::Event {
+                connection,
+                result: Err(ping::Failure::Timeout),
+                ..
+            })) => {
+                // A dead connection would swallow every offer until TCP notices.
+                self.swarm.close_connection(connection);
+            }
             SwarmEvent::Behaviour(BehaviourEvent::Kad(event)) => self.on_kad(event),
             SwarmEvent::Behaviour(BehaviourEvent::Offers(event)) => self.on_offers(event, deciding),
             SwarmEvent::Behaviour(BehaviourEvent::Gossip(gossipsub::Event::Message {

@@ -147,6 +147,13 @@ struct Inner {
     lossy: Arc<LossyPaths>,
 }
 
+impl Drop for Inner {
+    /// The accept loop holds the endpoint too; without this it would serve on after the last handle is gone.
+    fn drop(&mut self) {
+        self.endpoint.close(0u32.into(), b"closing");
+    }
+}
+
 impl fmt::Debug for Transfers {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Transfers({})", self.inner.addr)
@@ -231,7 +238,7 @@ impl Transfers {
         client::has(&self.inner, artifact, holder).await
     }
 
-    /// Says goodbye to everyone and stops serving.
+    /// Says goodbye to everyone and stops serving. Dropping the last handle does the same without waiting.
     pub async fn close(&self) {
         self.inner.endpoint.close(0u32.into(), b"closing");
         // Peers that do not answer hold nobody up.
