@@ -1,4 +1,6 @@
 //! Sentence vectors from the real worker process.
+#![allow(clippy::unwrap_used, reason = "in a test, the panic is the report")]
+
 mod common;
 
 use std::path::PathBuf;

@@ -1,4 +1,6 @@
 //! Model headers: what is told, and what is refused, whatever the bytes.
+#![allow(clippy::unwrap_used, reason = "in a test, the panic is the report")]
+
 mod common;
 
 use common::{Random, bert_directory, gguf, gguf_file};

@@ -1,5 +1,5 @@
 //! Tiny models with random weights, written from scratch: enough to run every engine, too small to say anything.
-#![allow(dead_code, reason = "each test program uses its own part")]
+#![allow(dead_code, unreachable_pub, reason = "each test program uses its own part")]
 
 use std::path::{Path, PathBuf};
 
