@@ -4,11 +4,13 @@
 //! layout of the sentence-transformers. Vectors are pooled over the tokens that are not padding and have length 1.
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
-use candle_transformers::models::bert::{BertModel, Config};
 use serde::Deserialize;
 use tokenizers::{Tokenizer, TruncationParams};
 
-use super::{Desk, Engine};
+use super::{
+    Desk, Engine,
+    encoder::{Config, Encoder},
+};
 use crate::error::EngineError;
 use crate::inspect::{ModelFile, read_capped};
 use crate::protocol::{Isolation, Load, ModelFacts, Output, TEXTS_MAX, Work};
@@ -19,7 +21,7 @@ const VERSION: &str = "0.11.1";
 const BATCH_TOKENS: usize = 4096;
 
 pub(super) struct Bert {
-    model: BertModel,
+    model: Encoder,
     tokenizer: Tokenizer,
     pooling: Pooling,
     facts: ModelFacts,
@@ -80,7 +82,7 @@ impl Bert {
         let bytes = std::fs::read(&weights).map_err(|error| unusable(&error))?;
         let variables = VarBuilder::from_buffered_safetensors(bytes, DType::F32, &Device::Cpu)
             .map_err(|error| unusable(&error))?;
-        let model = BertModel::load(variables, &config).map_err(|error| unusable(&error))?;
+        let model = Encoder::load(&variables, &config).map_err(|error| unusable(&error))?;
         let vocabulary = tokenizer.get_vocab_size(true);
         if vocabulary > config.vocab_size {
             return Err(EngineError::bad_model(
@@ -167,7 +169,7 @@ impl Bert {
         };
         let ids = padded(&|ids, at| ids.get(at).copied().unwrap_or(0))?;
         let mask = padded(&|ids, at| u32::from(at < ids.len()))?;
-        let hidden = self.model.forward(&ids, &ids.zeros_like()?, Some(&mask))?;
+        let hidden = self.model.forward(&ids, &mask)?;
         let pooled = match self.pooling {
             Pooling::FirstToken => hidden.narrow(1, 0, 1)?.squeeze(1)?,
             Pooling::Mean => {
