@@ -343,7 +343,7 @@ impl RawConfig {
             )
         };
         let timing = Timing {
-            heartbeat: span("timing.heartbeat", t.heartbeat, 5_000, 100, 60_000)?,
+            heartbeat: span("timing.heartbeat", t.heartbeat, 2_000, 100, 60_000)?,
             offer_lifetime: span(
                 "timing.offer_lifetime",
                 t.offer_lifetime,
@@ -527,7 +527,7 @@ institution = {institution}
 country = "{country}"
 
 # Credits for one device during one hour, by the start of its class; 0 donates it.
-# `karez node probe` lists this machine's classes.
+# `karez node status` lists this machine's classes.
 [rates]
 cpu = {cpu}
 # "cuda/NVIDIA H200" = 2.5
@@ -559,7 +559,7 @@ store = "20 GiB"
 # peer = ["/ip4/0.0.0.0/tcp/7431"]
 
 [timing]
-# heartbeat = "5 s"
+# heartbeat = "2 s"
 # offer_lifetime = "90 s"
 # reading_interval = "10 s"
 # How long a guest has to leave after `karez node reclaim`.

@@ -1,0 +1,263 @@
+//! Putting a node together from its directory.
+use super::{Daemon, DaemonError, INPUTS_MAX, Input, Known, MODELS, RunOptions, clock};
+use crate::{
+    advertise::advertise,
+    artifacts::Artifacts,
+    config::NodeConfig,
+    control,
+    files::NodeFiles,
+    probe::{self, Found},
+    runner::{Tools, Warm},
+    session::{self, Dial},
+};
+use karez_core::{
+    agent::{Agent, AgentConfig, OwnerPolicy},
+    id::Digest,
+    key::{NodeId, PublicKey, SecretKey},
+    records::Device,
+    store::Stored,
+};
+use karez_ledger::{Op, Options, StoreError, Writer};
+use karez_net::{
+    identity,
+    peer::{Peer, PeerConfig, PeerEvent},
+    store::ArtifactStore,
+};
+use std::{
+    collections::{BTreeMap, BTreeSet, VecDeque},
+    io,
+    path::Path,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+use tokio::{
+    sync::{mpsc, watch},
+    task::JoinSet,
+};
+
+impl Daemon {
+    pub(super) async fn start(dir: &Path, options: RunOptions) -> Result<Self, DaemonError> {
+        let began = Instant::now();
+        let files = NodeFiles::new(dir);
+        let config = NodeConfig::load(&files.config())?;
+        let secret = identity::load(&files.key(), "node")?;
+        let id = NodeId(PublicKey::of(&secret));
+        let state = files.state();
+        let opened = tokio::task::spawn_blocking(move || {
+            Writer::open(&state, Options::default()).map_err(DaemonError::from)
+        });
+        let (writer, recovered) = opened.await.map_err(|_| StoreError::Stopped)??;
+        for repaired in &recovered.report {
+            tracing::warn!("{repaired}");
+        }
+        // From here on this is the only process of this node: what a crash left may be swept.
+        let scratch = files.scratch();
+        sweep(&scratch).map_err(|error| DaemonError::Io {
+            path: scratch.clone(),
+            error,
+        })?;
+        let (listener, requests) = control::listen(&files)?;
+        let found = probe::probe(
+            &files.probe(),
+            &config.limits,
+            options.worker.as_ref(),
+            options.gpu,
+        )
+        .await;
+        for note in &found.notes {
+            tracing::warn!("{note}");
+        }
+
+        let (artifacts_dir, limit) = (files.artifacts(), config.limits.store);
+        let opened = tokio::task::spawn_blocking(move || ArtifactStore::open(&artifacts_dir, limit)).await;
+        let store = opened.map_err(|_| StoreError::Stopped)??;
+        let here: BTreeSet<Digest> = store.list().into_iter().map(|s| s.artifact.digest).collect();
+        let rows = recovered
+            .tables
+            .rows(MODELS)
+            .filter_map(|(key, _)| Digest::try_from(key).ok());
+        let (models, gone): (BTreeSet<Digest>, BTreeSet<Digest>) =
+            rows.partition(|digest| here.contains(digest));
+        let own = gone
+            .iter()
+            .map(|d| Op::Delete {
+                table: MODELS,
+                key: d.0.to_vec(),
+            })
+            .collect();
+        let schedulers = config.schedulers.iter().map(|s| s.key).collect();
+        let artifacts = Artifacts::serve(store, config.listen.artifacts, &secret, schedulers, models)?;
+
+        let stored: Vec<Stored> = Agent::TABLES
+            .iter()
+            .flat_map(|table| {
+                recovered.tables.rows(table).map(|(key, value)| Stored {
+                    table: (*table).to_owned(),
+                    key: key.to_vec(),
+                    value: value.to_vec(),
+                })
+            })
+            .collect();
+        drop(recovered);
+        let agent = Agent::restore(
+            agent_config(&config, &found, secret.clone()),
+            clock(began),
+            &stored,
+        )?;
+
+        let peer_config = peer_config(&config, &files.config())?;
+        let (peer, mut peer_events) = Peer::start(&secret, peer_config)?;
+        let mut background = JoinSet::new();
+        background.spawn(async move {
+            while let Some(event) = peer_events.recv().await {
+                if let PeerEvent::SchedulerFound(found) = event {
+                    tracing::debug!(scheduler = %found.key.short(), "found on the peer network");
+                }
+            }
+        });
+
+        let (back, inputs) = mpsc::channel(INPUTS_MAX);
+        let (offers, newest) = watch::channel(None);
+        let mut sessions = JoinSet::new();
+        let mut known = BTreeMap::new();
+        for scheduler in &config.schedulers {
+            let (tell_addrs, artifact_addrs) = watch::channel(Vec::new());
+            known.insert(
+                scheduler.key,
+                Known {
+                    name: String::new(),
+                    control_addr: scheduler.control_addr.clone(),
+                    connected: false,
+                    why: "not reached yet".into(),
+                    offer: String::new(),
+                    artifact_addrs,
+                },
+            );
+            let to = scheduler.key;
+            let tell = back.clone();
+            background.spawn(advertise(peer.clone(), to, newest.clone(), move |text| {
+                // Status for people: the next word replaces it anyway.
+                let _ = tell.try_send(Input::OfferHeard { scheduler: to, text });
+            }));
+            sessions.spawn(session::keep(Dial {
+                scheduler: scheduler.clone(),
+                secret: secret.clone(),
+                name: config.name.clone(),
+                inputs: back.clone(),
+                artifact_addrs: tell_addrs,
+            }));
+        }
+        if config.schedulers.is_empty() {
+            tracing::warn!(
+                "no [[scheduler]] in {}: nobody will place anything here",
+                files.config().display()
+            );
+        }
+        let warm = Warm::new(
+            options.worker,
+            Duration::from_millis(config.timing.warm.0),
+            found.memory_lent,
+        );
+        tracing::info!(node = %id, name = %config.name, "the node runs");
+        Ok(Self {
+            began,
+            id,
+            found,
+            agent,
+            writer,
+            tools: Arc::new(Tools {
+                artifacts,
+                scratch,
+                warm,
+            }),
+            inputs,
+            back,
+            waiting: VecDeque::new(),
+            requests,
+            links: BTreeMap::new(),
+            known,
+            guests: BTreeMap::new(),
+            fetches: BTreeMap::new(),
+            pins: BTreeMap::new(),
+            own,
+            offers,
+            sessions,
+            stalled: None,
+            draining: false,
+            leaving: false,
+            _background: background,
+            _listener: listener,
+            config,
+        })
+    }
+}
+
+/// An empty directory, whatever was there.
+fn sweep(dir: &Path) -> io::Result<()> {
+    match std::fs::remove_dir_all(dir) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    std::fs::create_dir_all(dir)
+}
+
+fn agent_config(config: &NodeConfig, found: &Found, secret: SecretKey) -> AgentConfig {
+    AgentConfig {
+        secret,
+        name: config.name.clone(),
+        institution: config.institution.clone(),
+        country: config.country,
+        devices: found
+            .devices
+            .iter()
+            .map(|device| Device {
+                class: device.class.clone(),
+                count: device.count,
+                free: device.count,
+                memory: device.memory,
+                rate: config.rate_of(&device.class),
+            })
+            .collect(),
+        engines: found.engines.clone(),
+        cores: found.cores,
+        memory: found.memory,
+        isa: found.isa.clone(),
+        isolation: found.isolation.clone(),
+        policy: OwnerPolicy {
+            institutions: config.policy.institutions.clone(),
+            institutions_excluded: config.policy.institutions_excluded.clone(),
+            work: config.policy.work.clone(),
+        },
+        offer_ttl: config.timing.offer_lifetime,
+        heartbeat: config.timing.heartbeat,
+        reading_interval: config.timing.reading_interval,
+        reclaim_grace: config.timing.reclaim_grace,
+    }
+}
+
+fn peer_config(config: &NodeConfig, path: &Path) -> Result<PeerConfig, DaemonError> {
+    let peers = config.schedulers.iter().flat_map(|s| &s.peer_addrs);
+    let listen = multiaddrs(config.listen.peer.iter(), path)?;
+    Ok(PeerConfig {
+        listen,
+        ..PeerConfig::node(multiaddrs(peers, path)?)
+    })
+}
+
+/// Reads multiaddresses; generic only so that this crate need not name libp2p.
+fn multiaddrs<'a, T: std::str::FromStr>(
+    addrs: impl Iterator<Item = &'a String>,
+    path: &Path,
+) -> Result<Vec<T>, DaemonError>
+where
+    T::Err: std::fmt::Display,
+{
+    let read = |addr: &'a String| {
+        addr.parse().map_err(|why: T::Err| DaemonError::PeerAddr {
+            path: path.to_owned(),
+            addr: addr.clone(),
+            why: why.to_string(),
+        })
+    };
+    addrs.map(read).collect()
+}
