@@ -21,6 +21,7 @@ pub(super) struct Config {
     layer_norm_eps: f64,
     #[serde(default)]
     hidden_act: Activation,
+    position_embedding_type: Option<String>,
 }
 
 fn layer_norm_eps() -> f64 {
@@ -76,7 +77,19 @@ impl Encoder {
     pub(super) fn load(weights: &VarBuilder<'_>, config: &Config) -> Result<Self> {
         let c = config;
         if c.num_attention_heads == 0 || !c.hidden_size.is_multiple_of(c.num_attention_heads) {
-            candle_core::bail!("hidden_size {} does not divide into {} heads", c.hidden_size, c.num_attention_heads);
+            candle_core::bail!(
+                "hidden_size {} does not divide into {} heads",
+                c.hidden_size,
+                c.num_attention_heads
+            );
+        }
+        // The relative kinds have the same tensors and would give wrong vectors without a word.
+        if let Some(kind) = c
+            .position_embedding_type
+            .as_deref()
+            .filter(|kind| *kind != "absolute")
+        {
+            candle_core::bail!("position_embedding_type {kind:?}; only absolute positions are known here");
         }
         let prefixed = weights.pp("bert");
         let bare = weights.contains_tensor("embeddings.word_embeddings.weight");
@@ -87,7 +100,11 @@ impl Encoder {
             .collect::<Result<_>>()?;
         Ok(Self {
             words: embedding(c.vocab_size, c.hidden_size, e.pp("word_embeddings"))?,
-            positions: embedding(c.max_position_embeddings, c.hidden_size, e.pp("position_embeddings"))?,
+            positions: embedding(
+                c.max_position_embeddings,
+                c.hidden_size,
+                e.pp("position_embeddings"),
+            )?,
             types: embedding(c.type_vocab_size, c.hidden_size, e.pp("token_type_embeddings"))?,
             norm: layer_norm(c.hidden_size, c.layer_norm_eps, e.pp("LayerNorm"))?,
             layers,
@@ -136,14 +153,22 @@ impl Layer {
     fn forward(&self, hidden: &Tensor, hide: &Tensor) -> Result<Tensor> {
         let (texts, tokens, width) = hidden.dims3()?;
         let head = width / self.heads;
-        let split = |x: Tensor| x.reshape((texts, tokens, self.heads, head))?.transpose(1, 2)?.contiguous();
+        let split = |x: Tensor| {
+            x.reshape((texts, tokens, self.heads, head))?
+                .transpose(1, 2)?
+                .contiguous()
+        };
         let query = (split(self.query.forward(hidden)?)? / (head as f64).sqrt())?;
         let key = split(self.key.forward(hidden)?)?;
         let value = split(self.value.forward(hidden)?)?;
-        let scores = query.matmul(&key.transpose(2, 3)?.contiguous()?)?.broadcast_add(hide)?;
+        let scores = query
+            .matmul(&key.transpose(2, 3)?.contiguous()?)?
+            .broadcast_add(hide)?;
         let seen = ops::softmax_last_dim(&scores)?.matmul(&value)?;
         let seen = seen.transpose(1, 2)?.reshape((texts, tokens, width))?;
-        let hidden = self.attended_norm.forward(&(self.attended.forward(&seen)? + hidden)?)?;
+        let hidden = self
+            .attended_norm
+            .forward(&(self.attended.forward(&seen)? + hidden)?)?;
         let wide = self.activation.forward(&self.widen.forward(&hidden)?)?;
         self.norm.forward(&(self.narrow.forward(&wide)? + hidden)?)
     }

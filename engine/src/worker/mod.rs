@@ -4,9 +4,9 @@
 //! itself and only then lets an engine open the file. A second thread then listens for cancels while the first
 //! computes; the process ends when its input closes, whatever it is doing.
 mod bert;
-mod encoder;
 mod chat;
 mod check;
+mod encoder;
 mod llama;
 mod meter;
 mod noop;
