@@ -45,7 +45,7 @@ pub enum EvidenceError {
         /// The id its bytes have.
         id: RecordName,
         /// What is wrong with it.
-        error: RecordError,
+        error: Box<RecordError>,
     },
     /// A record is sound by itself but breaks a rule here.
     #[error("evidence {index}, {record} {id}: {rule}")]
@@ -57,7 +57,7 @@ pub enum EvidenceError {
         /// Its id.
         id: RecordId,
         /// Which rule.
-        rule: Rule,
+        rule: Box<Rule>,
     },
     /// The job's money does not allow it.
     #[error("job {job}: {rule}")]
@@ -65,7 +65,7 @@ pub enum EvidenceError {
         /// Which job.
         job: JobId,
         /// Which rule.
-        rule: Rule,
+        rule: Box<Rule>,
     },
     /// The records are for another scheduler's ledger.
     #[error("the records are for the ledger of scheduler {scheduler}")]
@@ -668,7 +668,7 @@ impl<T: Record> Paper<T> {
         let record = Signed::<T>::open(bytes).map_err(|error| EvidenceError::Record {
             index,
             id: RecordName(describe(bytes).map(|(_, id, _)| id)),
-            error,
+            error: Box::new(error),
         })?;
         let paper = Self { index, record };
         if paper.encode() != bytes {
@@ -682,7 +682,7 @@ impl<T: Record> Paper<T> {
             index: self.index,
             record: T::TYPE,
             id: self.record.id(),
-            rule,
+            rule: Box::new(rule),
         })
     }
 
@@ -792,7 +792,7 @@ impl Trail {
                         index: *order_at,
                         record: Order::TYPE,
                         id: job.0,
-                        rule: Rule::Reserved,
+                        rule: Box::new(Rule::Reserved),
                     });
                 }
                 Ok(Change::Reserve(*job, *user, amount.0))
@@ -810,7 +810,7 @@ impl Trail {
                 index: 0,
                 record: Invitation::TYPE,
                 id: redeem.invitation,
-                rule: Rule::Redeemed { uses },
+                rule: Box::new(Rule::Redeemed { uses }),
             });
         }
         Ok(Change::Redeem(redeem.invitation, mark))
@@ -822,7 +822,7 @@ impl Trail {
                 index: settled.receipt_at,
                 record: Receipt::TYPE,
                 id: settled.receipt,
-                rule,
+                rule: Box::new(rule),
             })
         };
         let key = settled.key;
@@ -861,7 +861,10 @@ impl Trail {
         amount: Credits,
         accounts: &Accounts,
     ) -> Result<Change, EvidenceError> {
-        let breaks = |rule| Err(EvidenceError::Job { job, rule });
+        let breaks = |rule| {
+            let rule = Box::new(rule);
+            Err(EvidenceError::Job { job, rule })
+        };
         let Some(state) = self.jobs.get(&job) else {
             return breaks(Rule::NotReserved);
         };

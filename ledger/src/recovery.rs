@@ -64,7 +64,7 @@ struct Damaged {
 }
 
 enum Read {
-    Good(Truth),
+    Good(Box<Truth>),
     Damaged(Damaged),
 }
 
@@ -107,11 +107,11 @@ pub(crate) fn open(
     let mut report = Vec::new();
     let read = read_journal(dir, scheduler, &mut report)?;
     let truth = match read {
-        Read::Good(truth) => truth,
+        Read::Good(truth) => *truth,
         Read::Damaged(damaged) => {
             replace_journal(dir, scheduler, open_store, &damaged, &mut report)?;
             match read_journal(dir, scheduler, &mut report)? {
-                Read::Good(truth) => truth,
+                Read::Good(truth) => *truth,
                 Read::Damaged(again) => return Err(again.error("it went bad again while it was replaced")),
             }
         }
@@ -246,7 +246,7 @@ fn read_journal(
         let path = generation_path(dir, old);
         fs::remove_file(&path).map_err(|e| StoreError::io(&path, "remove it", &e))?;
     }
-    Ok(Read::Good(Truth {
+    Ok(Read::Good(Box::new(Truth {
         generation,
         journal,
         archive,
@@ -258,7 +258,7 @@ fn read_journal(
         entries: reader.entries,
         head: reader.head.unwrap_or(base.head),
         changes: reader.changes,
-    }))
+    })))
 }
 
 fn report_torn(report: &mut Vec<String>, journal: &Journal, scan: &crate::journal::Scan) {
@@ -443,7 +443,7 @@ pub(crate) fn checkpoint(
 /// Reads what is on disk, for a writer that holds the directory.
 pub(crate) fn reread(dir: &Path, scheduler: Option<SchedulerId>) -> Result<Truth, StoreError> {
     match read_journal(dir, scheduler, &mut Vec::new())? {
-        Read::Good(truth) => Ok(truth),
+        Read::Good(truth) => Ok(*truth),
         Read::Damaged(damaged) => Err(damaged.error("it went bad while it was in use")),
     }
 }
@@ -513,7 +513,7 @@ fn open_index(
             };
             let index = in_thread(&path, || load(&path, open_store(&path)?, scheduler))?;
             check_index(&path, &truth, &index)?;
-            return Ok((truth, index));
+            return Ok((*truth, index));
         }
         Err(why) => why,
     };

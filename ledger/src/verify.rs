@@ -84,7 +84,7 @@ pub struct Fault {
     /// The entry that should stand there, from 0; `None` for header and trailer.
     pub entry: Option<u64>,
     /// What is wrong.
-    pub kind: FaultKind,
+    pub kind: Box<FaultKind>,
 }
 
 /// What can be wrong with an export.
@@ -183,7 +183,7 @@ pub fn verify(reader: &mut dyn BufRead, options: &VerifyOptions) -> Result<Summa
     let at_header = |kind| Fault {
         line: 1,
         entry: None,
-        kind,
+        kind: Box::new(kind),
     };
     let first = lines
         .next()
@@ -199,7 +199,7 @@ pub fn verify(reader: &mut dyn BufRead, options: &VerifyOptions) -> Result<Summa
         let batch = lines.batch().map_err(|kind| Fault {
             line: lines.number,
             entry: Some(lines.number.saturating_sub(2)),
-            kind,
+            kind: Box::new(kind),
         })?;
         for line in &batch.entries {
             hasher.update(line);
@@ -208,7 +208,7 @@ pub fn verify(reader: &mut dyn BufRead, options: &VerifyOptions) -> Result<Summa
         let fault = |kind| Fault {
             line: audit.line + 1,
             entry: None,
-            kind,
+            kind: Box::new(kind),
         };
         match batch.end {
             End::More => {}
@@ -429,7 +429,7 @@ impl Audit {
             checked.and_then(|c| self.take_one(c)).map_err(|kind| Fault {
                 line: self.line + 1,
                 entry: Some(self.book.entries()),
-                kind,
+                kind: Box::new(kind),
             })?;
             self.line += 1;
         }

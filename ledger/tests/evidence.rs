@@ -1,4 +1,5 @@
 //! The rules of postings, one wrong record at a time.
+#![allow(clippy::unwrap_used)]
 mod common;
 use common::*;
 use karez_core::{

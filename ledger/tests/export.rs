@@ -1,4 +1,5 @@
 //! An export is accepted as it was written, and in no other form.
+#![allow(clippy::unwrap_used)]
 mod common;
 use common::*;
 use karez_core::key::SchedulerId;

@@ -1,4 +1,5 @@
 //! The durable writer with both indexes: what was acknowledged is there, whatever happened to process and disk.
+#![allow(clippy::unwrap_used)]
 mod common;
 #[path = "common/redb_store.rs"]
 mod redb_store;
