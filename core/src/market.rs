@@ -99,6 +99,8 @@ pub struct Market {
     nodes: BTreeMap<NodeId, Listing>,
     /// Sessions of nodes whose offer has not arrived yet.
     waiting: BTreeSet<NodeId>,
+    /// When each listing expires, in order.
+    expiries: BTreeSet<(MonoMillis, NodeId)>,
 }
 
 impl Market {
@@ -142,20 +144,17 @@ impl Market {
             });
         }
         let left = Millis(offer.expires_at.0 - now.utc.0).min(OFFER_TTL_MAX);
+        match self.nodes.get(&node) {
+            Some(known) if known.offer.sequence >= offer.sequence => {
+                return Err(OfferError::Stale {
+                    got: offer.sequence,
+                    known: known.offer.sequence,
+                });
+            }
+            None if self.nodes.len() >= NODES_MAX => return Err(OfferError::Full),
+            _ => {}
+        }
         let before = self.nodes.remove(&node);
-        if let Some(known) = &before
-            && known.offer.sequence >= offer.sequence
-        {
-            let error = OfferError::Stale {
-                got: offer.sequence,
-                known: known.offer.sequence,
-            };
-            self.nodes.extend(before.map(|listing| (node, listing)));
-            return Err(error);
-        }
-        if before.is_none() && self.nodes.len() >= NODES_MAX {
-            return Err(OfferError::Full);
-        }
         let ours_of = |class: &str| {
             let Some(known) = &before else { return 0 };
             let at = known.offer.devices.iter().position(|d| d.class == class);
@@ -171,6 +170,7 @@ impl Market {
         let connected = before
             .as_ref()
             .map_or_else(|| self.waiting.remove(&node), |known| known.connected);
+        let gone = before.as_ref().map(|known| known.expires);
         let (failures, measured) = before
             .map(|known| (known.failures, known.measured))
             .unwrap_or_default();
@@ -184,6 +184,10 @@ impl Market {
             failures,
             measured,
         };
+        if let Some(known) = gone {
+            self.expiries.remove(&(known, node));
+        }
+        self.expiries.insert((listing.expires, node));
         self.nodes.insert(node, listing);
         Ok(())
     }
@@ -203,23 +207,29 @@ impl Market {
 
     /// Forgets offers whose time has passed; gives back who they were.
     pub fn expire(&mut self, now: MonoMillis) -> Vec<NodeId> {
-        let gone: Vec<NodeId> = self
-            .nodes
-            .iter()
-            .filter(|(_, listing)| listing.expires <= now)
-            .map(|(node, _)| *node)
-            .collect();
-        for node in &gone {
-            if self.nodes.remove(node).is_some_and(|listing| listing.connected) {
-                self.waiting.insert(*node);
+        let mut gone = Vec::new();
+        while let Some((at, node)) = self.expiries.first().copied()
+            && at <= now
+        {
+            self.expiries.remove(&(at, node));
+            if self.nodes.remove(&node).is_some_and(|listing| listing.connected) {
+                self.waiting.insert(node);
             }
+            gone.push(node);
         }
         gone
     }
 
     /// When the next offer expires.
     pub fn next_expiry(&self) -> Option<MonoMillis> {
-        self.nodes.values().map(|listing| listing.expires).min()
+        self.expiries.first().map(|(at, _)| *at)
+    }
+
+    /// Some connected node has a free device.
+    pub fn any_free(&self) -> bool {
+        self.nodes
+            .values()
+            .any(|l| l.connected && (0..l.offer.devices.len()).any(|d| l.free(d) > 0))
     }
 
     /// Counts devices of `class` as ours.

@@ -195,6 +195,13 @@ impl Refusal {
     }
 }
 
+impl Refusal {
+    /// Some node failed that requirement first.
+    pub fn excluded_by(&self, requirement: Requirement) -> bool {
+        self.exclusions.iter().any(|e| e.requirement == requirement)
+    }
+}
+
 impl fmt::Display for Refusal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if self.known == 0 {
@@ -411,18 +418,19 @@ fn judge(
     let mut furthest = (Requirement::Device, Hint::Name(classes_of(offer)));
     let mut best: Option<Candidate> = None;
     for (i, device) in classes {
-        let miss = |requirement, hint, furthest: &mut (Requirement, Hint)| {
-            if requirement >= furthest.0 {
-                *furthest = (requirement, hint);
+        let miss = |requirement: Requirement, missed: u64, furthest: &mut (Requirement, Hint)| {
+            let nearer = match (&furthest.1, requirement.cmp(&furthest.0)) {
+                (_, core::cmp::Ordering::Greater) => true,
+                (Hint::Number(known), core::cmp::Ordering::Equal) => missed < *known,
+                _ => false,
+            };
+            if nearer {
+                *furthest = (requirement, Hint::Number(missed));
             }
         };
         let memory = request.memory.max(c.memory);
         if device.memory < memory {
-            miss(
-                Requirement::Memory,
-                Hint::Number(memory.0 - device.memory.0),
-                &mut furthest,
-            );
+            miss(Requirement::Memory, memory.0 - device.memory.0, &mut furthest);
             continue;
         }
         let limit = if c.donated_only {
@@ -431,7 +439,7 @@ fn judge(
             c.rate_max
         };
         if limit.is_some_and(|limit| device.rate > limit) {
-            miss(Requirement::Price, Hint::Number(device.rate.0), &mut furthest);
+            miss(Requirement::Price, device.rate.0, &mut furthest);
             continue;
         }
         let cost = device
@@ -439,7 +447,7 @@ fn judge(
             .bill(DeviceMillis(duration.0))
             .unwrap_or(Credits(u64::MAX));
         if cost > request.ceiling {
-            miss(Requirement::Budget, Hint::Number(cost.0), &mut furthest);
+            miss(Requirement::Budget, cost.0, &mut furthest);
             continue;
         }
         let delay = DeviceMillis(duration.0.saturating_add(transfer.0));
@@ -493,9 +501,11 @@ fn classes_of(offer: &crate::records::Offer) -> String {
 /// Work ÷ speed, plus what takes its time anywhere.
 fn duration(request: &Request<'_>, speed_milli: u64) -> Millis {
     let units = u128::from(request.units) * 1_000_000 / u128::from(speed_milli.max(1));
+    // Nothing takes no time: work that seemed free on a priced device would get a lease over no time at all.
     Millis(
         u64::try_from(units)
             .unwrap_or(u64::MAX)
-            .saturating_add(request.fixed.0),
+            .saturating_add(request.fixed.0)
+            .max(1),
     )
 }

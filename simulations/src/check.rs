@@ -261,7 +261,11 @@ impl Checker {
                     self.fail(format!("{key} was asked for an order nobody signed"));
                 }
             }
-            ToNode::Settled { key, receipt: Some(receipt), .. } => {
+            ToNode::Settled {
+                key,
+                receipt: Some(receipt),
+                ..
+            } => {
                 if !self.receipts.contains(&receipt.id()) {
                     self.fail(format!("the receipt of {key} left before it was posted"));
                 }
@@ -294,7 +298,11 @@ impl Checker {
     pub fn node_disk(&mut self, n: usize, changes: &[Change]) {
         for change in changes {
             match change {
-                Change::Put { table: "leases", key, value } => self.lease_row(n, key, value),
+                Change::Put {
+                    table: "leases",
+                    key,
+                    value,
+                } => self.lease_row(n, key, value),
                 Change::Delete { table: "leases", key } => {
                     if let Some(key) = lease_key(key)
                         && let Some(seen) = self.leases.get_mut(&key)
@@ -383,11 +391,18 @@ impl Checker {
                 lease.rate, device.rate
             ));
         }
-        let end = lease.first_item.checked_add(lease.items).ok_or("its items overflow")?;
+        let end = lease
+            .first_item
+            .checked_add(lease.items)
+            .ok_or("its items overflow")?;
         if lease.items == 0 || end > order.items {
             return Err("it covers items the order does not have".into());
         }
-        if lease.rate.bill(lease.device_ms_max).is_none_or(|bill| bill > order.credits_max) {
+        if lease
+            .rate
+            .bill(lease.device_ms_max)
+            .is_none_or(|bill| bill > order.credits_max)
+        {
             return Err("it may bill more than its job may cost".into());
         }
         Ok(())
@@ -413,7 +428,11 @@ impl Checker {
         for change in changes {
             match change {
                 Change::Post { posting, at } => self.posted(*at, posting),
-                Change::Put { table: "jobs", key, value } => self.job_row(key, value),
+                Change::Put {
+                    table: "jobs",
+                    key,
+                    value,
+                } => self.job_row(key, value),
                 Change::Delete { table: "jobs", key } => {
                     let job = Digest::try_from(key.as_slice()).map(JobId);
                     if let Ok(job) = job
@@ -518,7 +537,10 @@ impl Checker {
         *billed += receipt.credits.0;
         let (billed, reserved) = (*billed, self.reserved.get(&key.job).copied().unwrap_or(0));
         if billed > reserved {
-            self.fail(format!("{:?} was billed {billed} of {reserved} reserved", key.job));
+            self.fail(format!(
+                "{:?} was billed {billed} of {reserved} reserved",
+                key.job
+            ));
         }
         if !done && receipt.credits > Credits::ZERO {
             self.fail(format!("{key} was billed though it did not finish"));
@@ -568,7 +590,10 @@ impl Checker {
             return Err("settled, but its node never granted it".into());
         }
         if done {
-            let run = self.executions.get(&(n, *key)).and_then(|e| e.ended.map(|end| (e.began, end)));
+            let run = self
+                .executions
+                .get(&(n, *key))
+                .and_then(|e| e.ended.map(|end| (e.began, end)));
             let Some((began, (ended, true))) = run else {
                 return Err("settled as done, but no worker finished it".into());
             };
@@ -576,7 +601,10 @@ impl Checker {
             if receipt.billed > DeviceMillis(ran) {
                 return Err(format!("billed {} ms, ran {ran} ms", receipt.billed.0));
             }
-            if usage.result.is_some_and(|result| !self.results.contains(&result.digest)) {
+            if usage
+                .result
+                .is_some_and(|result| !self.results.contains(&result.digest))
+            {
                 return Err("settled as done, but its result never reached the scheduler".into());
             }
         }

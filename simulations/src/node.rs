@@ -224,7 +224,8 @@ impl NodeProcess {
     }
 
     fn world_time(&self, mono: MonoMillis) -> u64 {
-        self.booted_at.saturating_add(mono.0.saturating_sub(self.mono_base))
+        self.booted_at
+            .saturating_add(mono.0.saturating_sub(self.mono_base))
     }
 }
 
@@ -248,7 +249,11 @@ impl World {
         let stored = node.disk.read();
         match Agent::restore(node.config.clone(), now, &stored) {
             Ok(agent) => node.agent = Some(agent),
-            Err(error) => return self.checker.fail(format!("node {n} cannot read its disk: {error}")),
+            Err(error) => {
+                return self
+                    .checker
+                    .fail(format!("node {n} cannot read its disk: {error}"));
+            }
         }
         let epoch = node.epoch;
         self.note(|| format!("node {n}: starts"));
@@ -302,7 +307,10 @@ impl World {
         self.summary.events += 1;
         let wake = agent.wake_at();
         if wake <= now.mono {
-            let rule = format!("node {n} asks to be woken at {} when it is {}", wake.0, now.mono.0);
+            let rule = format!(
+                "node {n} asks to be woken at {} when it is {}",
+                wake.0, now.mono.0
+            );
             return self.checker.fail(rule);
         }
         self.node_rests(n, wake);
@@ -358,7 +366,10 @@ impl World {
             return self.checker.fail(format!("node {n} spins"));
         }
         let at = node.world_time(wake).max(self.now + 1) + late;
-        if node.tick_at.is_none_or(|planned| planned > at || planned < self.now) {
+        if node
+            .tick_at
+            .is_none_or(|planned| planned > at || planned < self.now)
+        {
             node.ticket += 1;
             node.tick_at = Some(at);
             let ticket = node.ticket;
@@ -393,13 +404,34 @@ impl World {
                         bytes_in: Bytes(bytes),
                     }
                 };
-                self.after(span, Due::Local { n, epoch, event: Box::new(event) });
+                self.after(
+                    span,
+                    Due::Local {
+                        n,
+                        epoch,
+                        event: Box::new(event),
+                    },
+                );
             }
-            Effect::Start { key, order, items, .. } => self.worker_starts(n, key, &order, items),
+            Effect::Start {
+                key, order, items, ..
+            } => self.worker_starts(n, key, &order, items),
             Effect::Stop { key, grace } => {
                 // Most guests leave at once, some only when they are thrown out; a few finish first.
-                let span = if self.rng.chance(700) { self.rng.below(300) } else { grace.0 };
-                self.after(span, Due::WorkerEnds { n, epoch, key, stopped: true });
+                let span = if self.rng.chance(700) {
+                    self.rng.below(300)
+                } else {
+                    grace.0
+                };
+                self.after(
+                    span,
+                    Due::WorkerEnds {
+                        n,
+                        epoch,
+                        key,
+                        stopped: true,
+                    },
+                );
             }
             Effect::Push { key, artifact, .. } => {
                 let span = self.rng.between(5, 300);
@@ -415,7 +447,14 @@ impl World {
                     }
                     Event::Pushed { key }
                 };
-                self.after(span, Due::Local { n, epoch, event: Box::new(event) });
+                self.after(
+                    span,
+                    Due::Local {
+                        n,
+                        epoch,
+                        event: Box::new(event),
+                    },
+                );
             }
             Effect::Advertise(offer) => self.offer_leaves(n, offer),
         }
@@ -427,14 +466,23 @@ impl World {
             return;
         }
         let copies = if !self.calm && self.rng.chance(50) { 2 } else { 1 };
-        let from = self.nodes[n].agent.as_ref().map(|a| PublicKey::of(&a.config().secret));
+        let from = self.nodes[n]
+            .agent
+            .as_ref()
+            .map(|a| PublicKey::of(&a.config().secret));
         let Some(from) = from else { return };
         for _ in 0..copies {
             let mut span = self.rng.between(2, 400);
             if !self.calm && self.rng.chance(30) {
                 span += self.rng.between(1_000, 20_000);
             }
-            self.after(span, Due::Offer { from, offer: Box::new(offer.clone()) });
+            self.after(
+                span,
+                Due::Offer {
+                    from,
+                    offer: Box::new(offer.clone()),
+                },
+            );
         }
     }
 
@@ -485,10 +533,25 @@ impl World {
                 key,
                 meters: share(&totals, third, 3),
             };
-            self.after(span * third / 3, Due::Local { n, epoch, event: Box::new(event) });
+            self.after(
+                span * third / 3,
+                Due::Local {
+                    n,
+                    epoch,
+                    event: Box::new(event),
+                },
+            );
         }
         self.nodes[n].workers.insert(key, worker);
-        self.after(span, Due::WorkerEnds { n, epoch, key, stopped: false });
+        self.after(
+            span,
+            Due::WorkerEnds {
+                n,
+                epoch,
+                key,
+                stopped: false,
+            },
+        );
     }
 
     /// How long the work truly takes on that machine, and how many tokens it is.

@@ -102,7 +102,11 @@ impl World {
         let accounts = self.checker.book().accounts().clone();
         match Controller::restore(s.config.clone(), now, &s.disk.read(), accounts) {
             Ok(controller) => s.controller = Some(controller),
-            Err(error) => return self.checker.fail(format!("the scheduler cannot read its disk: {error}")),
+            Err(error) => {
+                return self
+                    .checker
+                    .fail(format!("the scheduler cannot read its disk: {error}"));
+            }
         }
         self.note(|| "scheduler: starts".into());
         self.scheduler_event(Event::Started);
@@ -190,13 +194,18 @@ impl World {
     pub(crate) fn scheduler_event(&mut self, event: Event) {
         let s = &mut self.scheduler;
         let now = s.clock(self.now);
-        let Some(controller) = &mut s.controller else { return };
+        let Some(controller) = &mut s.controller else {
+            return;
+        };
         let mut out = Vec::new();
         controller.handle(now, event, &mut out);
         self.summary.events += 1;
         let wake = controller.wake_at();
         if wake <= now.mono {
-            let rule = format!("the scheduler asks to be woken at {} when it is {}", wake.0, now.mono.0);
+            let rule = format!(
+                "the scheduler asks to be woken at {} when it is {}",
+                wake.0, now.mono.0
+            );
             return self.checker.fail(rule);
         }
         self.scheduler_rests(wake);
@@ -337,7 +346,14 @@ impl World {
     }
 
     /// A user hands an order in, and again until there is an answer.
-    pub(crate) fn submit(&mut self, user: usize, order: Verified<Order>, caller: PublicKey, wait: bool, again: bool) {
+    pub(crate) fn submit(
+        &mut self,
+        user: usize,
+        order: Verified<Order>,
+        caller: PublicKey,
+        wait: bool,
+        again: bool,
+    ) {
         let job = JobId(order.id());
         if again && !self.users[user].waiting.contains(&job) {
             return;
@@ -355,7 +371,13 @@ impl World {
         if self.scheduler.controller.is_none() {
             return;
         }
-        self.note(|| format!("user {user} submits {job:?}: {:?}, {} items", order.work.kind(), order.items));
+        self.note(|| {
+            format!(
+                "user {user} submits {job:?}: {:?}, {} items",
+                order.work.kind(),
+                order.items
+            )
+        });
         let request = self.ask(Asked::Submit { user, job });
         self.scheduler_event(Event::Submit {
             request,

@@ -132,13 +132,17 @@ impl World {
                 kind: ArtifactKind::Blob,
             },
             items,
-            items_per_part: if rng.chance(500) { rng.between(1, 30) as u32 } else { 0 },
+            items_per_part: if rng.chance(500) {
+                rng.between(1, 30) as u32
+            } else {
+                0
+            },
             constraints: draw_constraints(rng),
             credits_max,
             attempts_max: rng.between(1, 6) as u32,
             nonce,
             issued_at: UtcMillis(EPOCH + at),
-            expires_at: UtcMillis(EPOCH + at + 86_400_000),
+            expires_at: UtcMillis(EPOCH + at + 600_000),
         }
     }
 }

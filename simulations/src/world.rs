@@ -36,27 +36,75 @@ pub(crate) struct Session {
 /// What is due at a moment.
 #[derive(Debug, Clone)]
 pub(crate) enum Due {
-    NodeTick { n: usize, ticket: u64 },
-    SchedulerTick { ticket: u64 },
-    ToNode { session: usize, message: Box<ToNode> },
-    ToScheduler { session: usize, message: Box<ToScheduler> },
+    NodeTick {
+        n: usize,
+        ticket: u64,
+    },
+    SchedulerTick {
+        ticket: u64,
+    },
+    ToNode {
+        session: usize,
+        message: Box<ToNode>,
+    },
+    ToScheduler {
+        session: usize,
+        message: Box<ToScheduler>,
+    },
     /// Something that a node's own shell reports.
-    Local { n: usize, epoch: u64, event: Box<agent::Event> },
+    Local {
+        n: usize,
+        epoch: u64,
+        event: Box<agent::Event>,
+    },
     /// A worker ends by itself, unless it was told to stop before.
-    WorkerEnds { n: usize, epoch: u64, key: LeaseKey, stopped: bool },
-    Dial { n: usize, epoch: u64 },
-    SessionUp { session: usize },
-    NodeLearnsBreak { session: usize },
-    SchedulerLearnsBreak { session: usize },
-    Offer { from: PublicKey, offer: Box<Verified<Offer>> },
-    Submit { user: usize, order: Box<Verified<Order>>, caller: PublicKey, wait: bool, again: bool },
-    Cancel { user: usize, job: JobId },
-    NodeBoot { n: usize },
+    WorkerEnds {
+        n: usize,
+        epoch: u64,
+        key: LeaseKey,
+        stopped: bool,
+    },
+    Dial {
+        n: usize,
+        epoch: u64,
+    },
+    SessionUp {
+        session: usize,
+    },
+    NodeLearnsBreak {
+        session: usize,
+    },
+    SchedulerLearnsBreak {
+        session: usize,
+    },
+    Offer {
+        from: PublicKey,
+        offer: Box<Verified<Offer>>,
+    },
+    Submit {
+        user: usize,
+        order: Box<Verified<Order>>,
+        caller: PublicKey,
+        wait: bool,
+        again: bool,
+    },
+    Cancel {
+        user: usize,
+        job: JobId,
+    },
+    NodeBoot {
+        n: usize,
+    },
     SchedulerBoot,
-    Heal { n: usize },
+    Heal {
+        n: usize,
+    },
     Fault,
     Calm,
-    OwnerOpens { n: usize, epoch: u64 },
+    OwnerOpens {
+        n: usize,
+        epoch: u64,
+    },
 }
 
 /// How a process dies at its next batch of effects.
@@ -183,7 +231,10 @@ impl World {
             };
             let held = agent.status().held;
             if let Some((_, held)) = held.first() {
-                let rule = format!("after the calm node {n} still holds {} ({:?})", held.key, held.phase);
+                let rule = format!(
+                    "after the calm node {n} still holds {} ({:?})",
+                    held.key, held.phase
+                );
                 self.checker.fail(rule);
             }
             for table in ["leases", "readings"] {
@@ -193,7 +244,8 @@ impl World {
                 }
             }
             if !self.nodes[n].workers.is_empty() {
-                self.checker.fail(format!("after the calm node {n} still runs a worker"));
+                self.checker
+                    .fail(format!("after the calm node {n} still runs a worker"));
             }
         }
         let Some(controller) = &self.scheduler.controller else {
@@ -202,16 +254,24 @@ impl World {
         for status in controller.offers() {
             let name = &status.offer.name;
             if status.leases > 0 {
-                self.checker
-                    .fail(format!("after the calm the scheduler still claims devices of {name}"));
+                self.checker.fail(format!(
+                    "after the calm the scheduler still claims devices of {name}"
+                ));
             }
             if status.offer.devices.iter().any(|d| d.free != d.count) {
                 self.checker
                     .fail(format!("after the calm {name} does not offer all its devices"));
             }
         }
-        if controller.jobs_open() > 0 {
-            self.checker.fail("after the calm a job is still open".into());
+        if let Some(job) = controller.jobs(None, false, 1).first() {
+            let parts: Vec<_> = job
+                .parts
+                .iter()
+                .filter(|part| !part.state.ended())
+                .map(|part| (part.part, part.fence, part.state, part.cause.clone()))
+                .collect();
+            self.checker
+                .fail(format!("after the calm {:?} is still open: {parts:?}", job.id));
         }
         let accounts = controller.accounts().clone();
         self.checker.finish(&self.scheduler.disk, &accounts);
@@ -261,7 +321,12 @@ impl World {
                     self.local_event(n, *event);
                 }
             }
-            Due::WorkerEnds { n, epoch, key, stopped } => {
+            Due::WorkerEnds {
+                n,
+                epoch,
+                key,
+                stopped,
+            } => {
                 if self.nodes[n].epoch == epoch {
                     self.worker_ends(n, key, stopped);
                 }
@@ -271,7 +336,13 @@ impl World {
             Due::NodeLearnsBreak { session } => self.node_learns_break(session),
             Due::SchedulerLearnsBreak { session } => self.scheduler_learns_break(session),
             Due::Offer { from, offer } => self.offer_arrives(from, *offer),
-            Due::Submit { user, order, caller, wait, again } => self.submit(user, *order, caller, wait, again),
+            Due::Submit {
+                user,
+                order,
+                caller,
+                wait,
+                again,
+            } => self.submit(user, *order, caller, wait, again),
             Due::Cancel { user, job } => self.cancel(user, job),
             Due::NodeBoot { n } => self.node_boot(n),
             Due::SchedulerBoot => self.scheduler_boot(),
@@ -387,7 +458,13 @@ impl World {
         if s.up {
             s.to_node = (self.now + latency).max(s.to_node + 1);
             let at = s.to_node;
-            self.at(at, Due::ToNode { session, message: Box::new(message) });
+            self.at(
+                at,
+                Due::ToNode {
+                    session,
+                    message: Box::new(message),
+                },
+            );
         }
     }
 
@@ -400,7 +477,13 @@ impl World {
         if s.up {
             s.to_scheduler = (self.now + latency).max(s.to_scheduler + 1);
             let at = s.to_scheduler;
-            self.at(at, Due::ToScheduler { session, message: Box::new(message) });
+            self.at(
+                at,
+                Due::ToScheduler {
+                    session,
+                    message: Box::new(message),
+                },
+            );
         }
     }
 
@@ -511,11 +594,18 @@ fn brief_to_node(message: &ToNode) -> String {
     match message {
         ToNode::Ask(ask) => format!("ask {}", ask.key),
         ToNode::Renewed { renewals, stops, .. } => {
-            format!("renewed {:?}, stops {:?}", renewals.iter().map(|r| r.0).collect::<Vec<_>>(), stops)
+            format!(
+                "renewed {:?}, stops {:?}",
+                renewals.iter().map(|r| r.0).collect::<Vec<_>>(),
+                stops
+            )
         }
         ToNode::Stop { key, cause } => format!("stop {key}: {cause}"),
         ToNode::Settled { key, receipt, why } => {
-            format!("settled {key} for {:?} {why}", receipt.as_ref().map(|r| r.credits))
+            format!(
+                "settled {key} for {:?} {why}",
+                receipt.as_ref().map(|r| r.credits)
+            )
         }
     }
 }

@@ -55,7 +55,11 @@ fn many_seeds() {
         }
     }
     println!("{ran} worlds in {:?}: {total:?}", began.elapsed());
-    assert!(failures.is_empty(), "{} of {ran} worlds broke a rule", failures.len());
+    assert!(
+        failures.is_empty(),
+        "{} of {ran} worlds broke a rule",
+        failures.len()
+    );
     // A storm that never touches anything proves nothing.
     assert!(ran < 20 || (total.done > ran && total.crashes > ran && total.settled > ran));
 }

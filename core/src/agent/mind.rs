@@ -218,6 +218,8 @@ impl Agent {
                 LEASES => {
                     let mut holding: Holding = read(pair)?;
                     holding.live.expires = now.mono.after(holding.ttl);
+                    // What ran before the restart cannot be measured any more, and the old clock means nothing here.
+                    holding.live.started = now.mono;
                     agent.holdings.insert(holding.lease.key(), holding);
                 }
                 READINGS => {
@@ -238,13 +240,11 @@ impl Agent {
                 _ => {}
             }
         }
+        let rows: BTreeMap<Vec<u8>, LeaseKey> = agent.holdings.keys().map(|key| (row(key), *key)).collect();
         // Keys sort by lease, then by sequence, so each lease's readings arrive in order.
         for (key, reading) in readings {
-            let holding = agent
-                .holdings
-                .iter_mut()
-                .find(|(lease, _)| key.starts_with(&row(lease)));
-            if let Some((_, holding)) = holding {
+            let lease = key.len().checked_sub(4).and_then(|end| rows.get(&key[..end]));
+            if let Some(holding) = lease.and_then(|lease| agent.holdings.get_mut(lease)) {
                 holding.readings.push(reading);
             }
         }

@@ -76,7 +76,7 @@ impl Controller {
                 if let Some(known) = self.already(&caller, invitation.role, &invitation.institution) {
                     return Ok(known);
                 }
-                let redeemed = self.redeem(now, &invitation)?;
+                let redeemed = self.redeem(now, &invitation, out)?;
                 let member = member(invitation.role, invitation.institution.clone());
                 (
                     member,
@@ -125,7 +125,12 @@ impl Controller {
             .then(|| Reply::Joined(known.clone(), self.budget(UserId(*caller))))
     }
 
-    fn redeem(&mut self, now: Now, invitation: &Verified<Invitation>) -> Result<Redeemed, Denial> {
+    fn redeem(
+        &mut self,
+        now: Now,
+        invitation: &Verified<Invitation>,
+        out: &mut Vec<Effect>,
+    ) -> Result<Redeemed, Denial> {
         let no = |why: &str| Err(Denial::Invitation(why.into()));
         if invitation.scheduler != self.id {
             return no("is another scheduler's");
@@ -138,7 +143,21 @@ impl Controller {
             return no("was used up");
         }
         if self.invitations.len() >= REDEMPTIONS_MAX {
-            self.invitations.retain(|_, r| r.expires_at > now.utc);
+            let expired: Vec<u64> = self
+                .invitations
+                .iter()
+                .filter(|(_, r)| r.expires_at <= now.utc)
+                .map(|(nonce, _)| *nonce)
+                .collect();
+            let mut changes = Vec::new();
+            for nonce in expired {
+                self.invitations.remove(&nonce);
+                changes.push(Change::Delete {
+                    table: INVITATIONS,
+                    key: nonce.to_be_bytes().to_vec(),
+                });
+            }
+            out.push(Effect::Persist(changes));
             if self.invitations.len() >= REDEMPTIONS_MAX {
                 return no("cannot be redeemed while so many others are open");
             }
@@ -158,9 +177,18 @@ impl Controller {
         credits: Credits,
         out: &mut Vec<Effect>,
     ) {
-        if self.members.contains_key(&key) {
-            let credits = self.budget(UserId(key));
-            out.push(Effect::Reply(request, Reply::Joined(member, credits)));
+        if let Some(known) = self.members.get(&key) {
+            // Listed before: what stands is told, not what was asked for.
+            let reply = if known.role == member.role {
+                Reply::Joined(known.clone(), self.budget(UserId(key)))
+            } else {
+                Reply::Refused(Denial::WrongRole {
+                    key,
+                    is: known.role,
+                    needs: member.role,
+                })
+            };
+            out.push(Effect::Reply(request, reply));
             return;
         }
         let reply = match self.admit(now, key, &member, credits, Vec::new()) {

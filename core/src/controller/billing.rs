@@ -37,6 +37,8 @@ impl Controller {
             return;
         }
         self.release_claim(&key, node);
+        // Only an attempt that still stands can come to nothing here: one given up before was counted then.
+        let stands = self.is_wanted(&key) && self.placed_on(&key, node);
         let settled = |why: String| {
             Effect::Send(
                 node,
@@ -48,6 +50,13 @@ impl Controller {
             )
         };
         if let Err(why) = self.counts(&key, node, &finished) {
+            if stands {
+                // The node has spoken its last word on it, and nothing can be billed: without this the part
+                // would wait for it for ever.
+                self.market.note_failure(&node);
+                let why = format!("{} told what cannot be billed: {why}", self.name(&node));
+                self.retry(now, key, &node, why, true, out);
+            }
             out.push(settled(why));
             return;
         }
@@ -63,13 +72,15 @@ impl Controller {
                         why: String::new(),
                     },
                 ));
-                self.follow(now, key, node, &finished, done, credits, out);
+                self.follow(now, key, node, &finished, done, credits, stands, out);
             }
             Err(why) => {
                 // The trail holds, but the book refuses: the part must not be lost over it.
                 out.push(Effect::Log(format!("{key} could not be settled: {why}")));
                 out.push(settled(why.clone()));
-                self.retry(now, key, &node, why, true, out);
+                if stands {
+                    self.retry(now, key, &node, why, true, out);
+                }
             }
         }
     }
@@ -105,6 +116,9 @@ impl Controller {
         if !same {
             return Err("the lease is not the one that was asked for".into());
         }
+        if finished.usage.outcome == Outcome::Done && finished.usage.result.is_none() {
+            return Err("it is said to be done, but no result is named".into());
+        }
         check_trail(&job.order, lease, &finished.readings, &finished.usage).map_err(|e| e.to_string())
     }
 
@@ -126,7 +140,9 @@ impl Controller {
         let observed = Millis(now.utc.0.saturating_sub(part.asked_at.0))
             .0
             .saturating_mul(lease.devices.into());
-        let tolerated = observed.saturating_add(observed / 100 * TOLERANCE_PERCENT).saturating_add(TOLERANCE.0);
+        let tolerated = observed
+            .saturating_add(observed / 100 * TOLERANCE_PERCENT)
+            .saturating_add(TOLERANCE.0);
         let mut flags = Vec::new();
         if usage.meters.device_ms.0 > tolerated {
             flags.push(Flag::LongerThanObserved);
@@ -196,6 +212,7 @@ impl Controller {
         finished: &FinishedLease,
         done: bool,
         credits: Credits,
+        stands: bool,
         out: &mut Vec<Effect>,
     ) {
         let usage = &finished.usage;
@@ -235,6 +252,12 @@ impl Controller {
         }
         let name = self.name(&node);
         match usage.outcome {
+            Outcome::Failed if !usage.retryable => self.fail_job(now, key, usage.cause.clone(), out),
+            // Given up before its word came, and counted then: now it is only written down.
+            _ if !stands => {
+                let cause = format!("{name} ended it late: {}", usage.cause);
+                self.set_part(now, &key, JobState::Queued, cause, out);
+            }
             // Announced reclaim never costs reputation, nor one of the job's attempts.
             Outcome::Reclaimed => self.retry(
                 now,
@@ -244,7 +267,6 @@ impl Controller {
                 false,
                 out,
             ),
-            Outcome::Failed if !usage.retryable => self.fail_job(now, key, usage.cause.clone(), out),
             _ => {
                 self.market.note_failure(&node);
                 self.retry(now, key, &node, format!("{name}: {}", usage.cause), true, out);

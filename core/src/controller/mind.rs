@@ -19,8 +19,24 @@ use crate::{
 };
 use alloc::boxed::Box;
 
+const SPENT: &str = "spent";
+
 /// How far ahead of our clock an order may be dated.
 const CLOCK_SKEW_MAX: Millis = Millis(300_000);
+/// How long an order may be acceptable: its job, once dropped from the list, is remembered that long.
+pub const ORDER_LIFE_MAX: Millis = Millis(24 * 3_600_000);
+/// The most dropped jobs whose orders have not expired; at the bound new orders wait until some have.
+pub const SPENT_MAX: usize = 1_000_000;
+/// The longest a node may take to fetch what a part needs, or to call it running without using device time.
+const FETCH_MAX: Millis = Millis(24 * 3_600_000);
+/// A part that found no other node for so long tries those again that failed at it.
+const FORGIVE_AFTER: Millis = Millis(60_000);
+/// The most nodes a part avoids; the oldest gets another chance.
+const AVOID_MAX: usize = 64;
+/// Judgements of nodes per millisecond that placing may spend: with more waiting, the looks come less often.
+const JUDGEMENTS_PER_MS: u64 = 2_000;
+/// Between two looks at most.
+const LOOK_GAP_MAX: u64 = 1_000;
 /// How long a node that refused, or a part that failed everywhere, is left alone.
 const BACKOFF: Millis = Millis(1_000);
 
@@ -41,11 +57,20 @@ pub struct Controller {
     /// Devices we believe are held for us, whether we still want them or not.
     claims: BTreeMap<LeaseKey, Claim>,
     claims_of: BTreeMap<NodeId, BTreeSet<LeaseKey>>,
+    /// Their deadlines, in order.
+    deadlines: BTreeSet<(MonoMillis, LeaseKey)>,
+    /// Jobs dropped from the list whose orders could still be accepted: not a second time.
+    spent: BTreeSet<JobId>,
+    spent_until: BTreeSet<(UtcMillis, JobId)>,
     offers_refused: u64,
     /// Something changed that may let a queued part run.
     look_again: bool,
     /// When parts that were held back may be tried.
     retry_at: Option<MonoMillis>,
+    /// Not to look before: a long queue before many nodes must not eat the scheduler.
+    look_at: MonoMillis,
+    /// Judgements the last look took.
+    judged: u64,
 }
 
 struct Claim {
@@ -59,7 +84,7 @@ struct Claim {
 
 impl Controller {
     /// The tables it keeps.
-    pub const TABLES: &[&str] = &[MEMBERS, INVITATIONS, JOBS, PARTS];
+    pub const TABLES: &[&str] = &[MEMBERS, INVITATIONS, JOBS, PARTS, SPENT];
 
     /// The mind as it was when the process last lived, with the book's balances. Follow with [`Event::Started`].
     pub fn restore(
@@ -82,9 +107,14 @@ impl Controller {
             ended: BTreeSet::new(),
             claims: BTreeMap::new(),
             claims_of: BTreeMap::new(),
+            deadlines: BTreeSet::new(),
+            spent: BTreeSet::new(),
+            spent_until: BTreeSet::new(),
             offers_refused: 0,
             look_again: true,
             retry_at: None,
+            look_at: MonoMillis::ZERO,
+            judged: 0,
         };
         let bad = |pair: &Stored, why: &str| StoredError {
             table: pair.table.clone(),
@@ -112,6 +142,13 @@ impl Controller {
                 }
                 PARTS => {
                     parts.insert(pair.key.clone(), read(pair)?);
+                }
+                SPENT => {
+                    let job = Digest::try_from(pair.key.as_slice())
+                        .map(JobId)
+                        .map_err(|e| bad(pair, &e.to_string()))?;
+                    c.spent.insert(job);
+                    c.spent_until.insert((read(pair)?, job));
                 }
                 _ => {}
             }
@@ -142,7 +179,7 @@ impl Controller {
 
     /// When the next [`Event::Tick`] is due at the latest.
     pub fn wake_at(&self) -> MonoMillis {
-        let claims = self.claims.values().map(|claim| claim.deadline).min();
+        let claims = self.deadlines.first().map(|(at, _)| *at);
         [claims, self.market.next_expiry(), self.retry_at]
             .into_iter()
             .flatten()
@@ -193,8 +230,15 @@ impl Controller {
         }
         self.on_time(now, out);
         if self.look_again {
+            if now.mono < self.look_at {
+                self.hold_back(self.look_at);
+                return;
+            }
             self.look_again = false;
+            self.judged = 0;
             self.place_all(now, out);
+            let gap = (self.judged / JUDGEMENTS_PER_MS).min(LOOK_GAP_MAX);
+            self.look_at = now.mono.after(Millis(gap));
         }
     }
 
@@ -202,14 +246,13 @@ impl Controller {
         for node in self.market.expire(now.mono) {
             out.push(Effect::Log(format!("the offer of {} expired", node.short())));
         }
-        let late: Vec<LeaseKey> = self
-            .claims
-            .iter()
-            .filter(|(_, claim)| claim.deadline <= now.mono)
-            .map(|(key, _)| *key)
-            .collect();
-        for key in late {
-            let Some(claim) = self.unclaim(&key) else { continue };
+        while let Some((at, key)) = self.deadlines.first().copied()
+            && at <= now.mono
+        {
+            let Some(claim) = self.unclaim(&key) else {
+                self.deadlines.remove(&(at, key));
+                continue;
+            };
             let why = if claim.granted {
                 format!("no word from {} any more", self.name(&claim.node))
             } else {
@@ -288,10 +331,10 @@ impl Controller {
     fn on_gone(&mut self, now: Now, node: NodeId) {
         self.market.set_connected(node, false);
         let grace = now.mono.after(self.config.reconnect_grace);
-        for key in self.claims_of.get(&node).into_iter().flatten() {
-            if let Some(claim) = self.claims.get_mut(key) {
-                claim.deadline = claim.deadline.min(grace);
-            }
+        let keys: Vec<LeaseKey> = self.claims_of.get(&node).into_iter().flatten().copied().collect();
+        for key in keys {
+            let deadline = self.claims.get(&key).map_or(grace, |claim| claim.deadline);
+            self.due(&key, deadline.min(grace));
         }
     }
 
@@ -302,8 +345,8 @@ impl Controller {
             ToScheduler::Refused { key, why } => self.on_refused(now, node, key, &why, out),
             // Readings come again with the usage; on the way they only show that the node is alive.
             ToScheduler::Reading { key, .. } => {
-                if let Some(claim) = self.claims.get_mut(&key).filter(|c| c.node == node) {
-                    claim.deadline = now.mono.after(self.config.lease_ttl);
+                if self.claims.get(&key).is_some_and(|c| c.node == node) {
+                    self.due(&key, now.mono.after(self.config.lease_ttl));
                 }
             }
             ToScheduler::Finished(finished) => self.on_finished(now, node, *finished, out),
@@ -319,19 +362,8 @@ impl Controller {
         for held in &report.held {
             let key = held.key;
             named.insert(key);
-            if !self.claims.contains_key(&key) && held.phase != Phase::Finished && self.wants_back(&key, node)
-            {
-                let plan = self.part(&key).and_then(|part| part.plan.clone());
-                if let Some(plan) = plan {
-                    self.claim(key, &plan, now.mono.after(until), true);
-                    self.set_part(
-                        now,
-                        &key,
-                        JobState::Placed,
-                        "the node came back with it".into(),
-                        out,
-                    );
-                }
+            if held.phase != Phase::Finished {
+                self.take_back(now, key, node, out);
             }
             let Some(claim) = self.claims.get_mut(&key).filter(|c| c.node == node) else {
                 if held.phase != Phase::Finished {
@@ -340,11 +372,19 @@ impl Controller {
                 continue;
             };
             claim.granted = true;
-            claim.deadline = now.mono.after(until);
+            self.due(&key, now.mono.after(until));
             if !self.is_wanted(&key) {
                 if held.phase != Phase::Finished {
                     stops.push((key, "the job is over".to_string()));
                 }
+                continue;
+            }
+            if self.overdue(now, &key) {
+                self.unclaim(&key);
+                stops.push((key, "it took longer than any lease may".to_string()));
+                let why = format!("{} never came to an end with it", self.name(&node));
+                self.market.note_failure(&node);
+                self.lost(now, key, &node, why, out);
                 continue;
             }
             renewals.push((key, now.utc.after(until), until));
@@ -375,14 +415,34 @@ impl Controller {
         }
     }
 
+    /// An honest node ends every lease by itself, at the latest when its device time is used up. One that only
+    /// says so, report after report, must not keep a part for ever.
+    fn overdue(&self, now: Now, key: &LeaseKey) -> bool {
+        let longest = self.config.device_time_max.saturating_add(FETCH_MAX);
+        self.part(key)
+            .is_some_and(|part| part.asked_at.after(longest) <= now.utc)
+    }
+
     /// A lease we gave up but did not replace: its part waits in the queue under the same fence.
-    fn wants_back(&self, key: &LeaseKey, node: NodeId) -> bool {
-        self.part(key).is_some_and(|part| {
-            part.state == JobState::Queued
-                && part.fence == key.fence
-                && part.settled < key.fence
-                && part.plan.as_ref().is_some_and(|p| p.chosen.node == node)
-        })
+    fn wants_back(&self, now: Now, key: &LeaseKey, node: NodeId) -> bool {
+        self.placed_on(key, node)
+            && !self.overdue(now, key)
+            && self
+                .part(key)
+                .is_some_and(|part| part.state == JobState::Queued && part.settled < key.fence)
+    }
+
+    /// Takes back a lease that was given up too early, if nothing has replaced it.
+    fn take_back(&mut self, now: Now, key: LeaseKey, node: NodeId, out: &mut Vec<Effect>) {
+        if self.claims.contains_key(&key) || !self.wants_back(now, &key, node) {
+            return;
+        }
+        let Some(plan) = self.part(&key).and_then(|part| part.plan.clone()) else {
+            return;
+        };
+        self.claim(key, &plan, now.mono.after(self.config.lease_ttl), true);
+        let cause = format!("{} has it after all", self.name(&node));
+        self.set_part(now, &key, JobState::Placed, cause, out);
     }
 
     fn progress(&mut self, now: Now, key: &LeaseKey, phase: Phase, items_done: u64, out: &mut Vec<Effect>) {
@@ -405,6 +465,9 @@ impl Controller {
     fn on_granted(&mut self, now: Now, node: NodeId, lease: &Verified<Lease>, out: &mut Vec<Effect>) {
         let key = lease.key();
         let until = now.mono.after(self.config.lease_ttl);
+        if lease.node == node {
+            self.take_back(now, key, node, out);
+        }
         let known = self
             .claims
             .get_mut(&key)
@@ -412,7 +475,7 @@ impl Controller {
         match known {
             Some(claim) => {
                 claim.granted = true;
-                claim.deadline = until;
+                self.due(&key, until);
             }
             None => {
                 let cause = "the ask was given up before the answer came".to_string();
@@ -458,8 +521,8 @@ impl Controller {
         );
         if let Some(part) = self.part_mut(&key) {
             part.not_before = now.mono.after(Millis(BACKOFF.0 / 10));
-            if lasting && !part.avoid.contains(&node) {
-                part.avoid.push(node);
+            if lasting {
+                avoid(part, node);
             }
         }
         self.hold_back(now.mono.after(Millis(BACKOFF.0 / 10)));
@@ -494,9 +557,7 @@ impl Controller {
         part.items_done = 0;
         if counts {
             part.failures += 1;
-            if !part.avoid.contains(node) {
-                part.avoid.push(*node);
-            }
+            avoid(part, *node);
         }
         if part.failures >= attempts_max {
             let cause = format!(
@@ -541,7 +602,20 @@ impl Controller {
         if order.expires_at <= now.utc || order.issued_at > now.utc.after(CLOCK_SKEW_MAX) {
             return no("is dated wrongly or has expired: check this machine's clock and submit again");
         }
+        if order.expires_at > now.utc.after(ORDER_LIFE_MAX).after(CLOCK_SKEW_MAX) {
+            return no("may be accepted for too long: sign one that expires within a day");
+        }
+        if self.spent.contains(&id) {
+            return no("was carried out before and is no longer listed: submit a new one");
+        }
         contradictions(&order)?;
+        self.forget_spent(now, out);
+        if self.spent.len() >= SPENT_MAX {
+            return Err(Denial::Queue {
+                open: self.spent.len(),
+                max: SPENT_MAX,
+            });
+        }
         let open = self.jobs.len() - self.ended.len();
         if open >= self.config.jobs_open_max {
             return Err(Denial::Queue {
@@ -703,6 +777,13 @@ impl Controller {
                 break;
             };
             if let Some(job) = self.jobs.remove(&oldest) {
+                // Its order may come again while it could be accepted, and must not run or reserve twice.
+                let until = job.order.expires_at;
+                if until > now.utc {
+                    self.spent.insert(oldest);
+                    self.spent_until.insert((until, oldest));
+                    changes.push(put(SPENT, &oldest.0.0, &until));
+                }
                 changes.push(Change::Delete {
                     table: JOBS,
                     key: oldest.0.0.to_vec(),
@@ -715,6 +796,24 @@ impl Controller {
         }
         out.push(Effect::Persist(changes));
         out.push(Effect::Changed(id));
+    }
+
+    /// Orders that have expired are refused by their date.
+    fn forget_spent(&mut self, now: Now, out: &mut Vec<Effect>) {
+        let mut changes = Vec::new();
+        while let Some((until, job)) = self.spent_until.first().copied()
+            && until <= now.utc
+        {
+            self.spent_until.remove(&(until, job));
+            self.spent.remove(&job);
+            changes.push(Change::Delete {
+                table: SPENT,
+                key: job.0.0.to_vec(),
+            });
+        }
+        if !changes.is_empty() {
+            out.push(Effect::Persist(changes));
+        }
     }
 
     /// Keeps the queue and the list of ended jobs in step with a job's state.
@@ -772,98 +871,105 @@ impl Controller {
     /// Places what can be placed, oldest job first. A part that fits nowhere never holds up the ones behind it.
     fn place_all(&mut self, now: Now, out: &mut Vec<Effect>) {
         let order: Vec<JobId> = self.queue.iter().map(|(_, id)| *id).collect();
+        let mut free = self.market.any_free();
         for id in order {
-            if !self
-                .market
-                .iter()
-                .any(|(_, l)| l.connected && (0..l.offer.devices.len()).any(|d| l.free(d) > 0))
-            {
-                // Nothing is free anywhere: only jobs without a reason still need one.
-                let told = self.jobs.get(&id).is_some_and(|j| {
-                    j.parts
-                        .iter()
-                        .all(|p| p.state != JobState::Queued || !p.cause.is_empty())
-                });
-                if told {
-                    continue;
-                }
+            // Nothing is free anywhere: only parts without a reason still need one.
+            let told = |job: &Job| {
+                job.parts
+                    .iter()
+                    .all(|p| p.state != JobState::Queued || !p.cause.is_empty())
+            };
+            if !free && self.jobs.get(&id).is_some_and(told) {
+                continue;
             }
-            self.place_job(now, id, out);
+            if self.place_job(now, id, out) {
+                free = self.market.any_free();
+            }
         }
     }
 
-    fn place_job(&mut self, now: Now, id: JobId, out: &mut Vec<Effect>) {
-        let Some(job) = self.jobs.get(&id) else { return };
+    /// Says whether something was asked for.
+    fn place_job(&mut self, now: Now, id: JobId, out: &mut Vec<Effect>) -> bool {
+        let Some(job) = self.jobs.get(&id) else {
+            return false;
+        };
         let waiting: Vec<PartIndex> = (0u32..)
             .zip(&job.parts)
             .filter(|(_, p)| p.state == JobState::Queued)
             .map(|(i, _)| i)
             .collect();
         // Parts that differ in nothing that matters are refused alike: one refusal speaks for the rest.
-        let mut refused: Option<(u64, Vec<NodeId>)> = None;
+        let mut refused: Option<(u64, Vec<NodeId>, placement::Refusal)> = None;
+        let (mut asked, mut changed) = (false, false);
         for index in waiting {
-            let Some(job) = self.jobs.get(&id) else { return };
+            let Some(job) = self.jobs.get(&id) else { break };
             let part = &job.parts[index as usize];
             if part.not_before > now.mono {
                 let at = part.not_before;
                 self.hold_back(at);
                 continue;
             }
-            if refused
+            let alike = refused
                 .as_ref()
-                .is_some_and(|(items, avoid)| part.items >= *items && part.avoid == *avoid)
-            {
-                continue;
-            }
-            let request = request(&job.order, part.items, part.ceiling, &part.avoid);
-            match placement::place(&self.market, &request, &self.policy) {
-                Ok(plan) => self.ask(now, id, index, plan, out),
-                Err(refusal) => {
-                    refused = Some((part.items, part.avoid.clone()));
-                    let only_tried = !part.avoid.is_empty()
-                        && !refusal.exclusions.iter().any(|e| {
-                            matches!(
-                                e.requirement,
-                                placement::Requirement::Free | placement::Requirement::Connected
-                            )
-                        });
-                    self.wait(now, id, index, refusal.to_string(), only_tried, out);
+                .is_some_and(|(items, avoid, _)| part.items >= *items && part.avoid == *avoid);
+            if !alike {
+                let request = request(&job.order, part.items, part.ceiling, &part.avoid);
+                self.judged += self.market.len() as u64;
+                match placement::place(&self.market, &request, &self.policy) {
+                    Ok(plan) => {
+                        self.ask(now, id, index, plan, out);
+                        asked = true;
+                        continue;
+                    }
+                    Err(refusal) => refused = Some((part.items, part.avoid.clone(), refusal)),
                 }
             }
+            if let Some((_, _, refusal)) = &refused {
+                changed |= self.wait(now, id, index, refusal);
+            }
         }
+        if changed {
+            out.push(Effect::Changed(id));
+        }
+        asked
     }
 
     /// Notes why a part waits. The reason is shown, not stored: it is found again after a restart.
-    fn wait(
-        &mut self,
-        now: Now,
-        id: JobId,
-        index: PartIndex,
-        why: String,
-        forgive: bool,
-        out: &mut Vec<Effect>,
-    ) {
+    fn wait(&mut self, now: Now, id: JobId, index: PartIndex, refusal: &placement::Refusal) -> bool {
+        use placement::Requirement::{Free, Untried};
         let Some(part) = self
             .jobs
             .get_mut(&id)
             .and_then(|j| j.parts.get_mut(index as usize))
         else {
-            return;
+            return false;
         };
+        let why = refusal.to_string();
         let changed = part.cause != why;
         part.cause = why;
-        if forgive {
-            // Every node that is left has failed at it: after a pause they may try again.
-            part.avoid.clear();
-            part.not_before = now
-                .mono
-                .after(Millis(BACKOFF.0 * u64::from(part.failures.clamp(1, 30))));
+        if !part.avoid.is_empty() && refusal.excluded_by(Untried) {
+            // When only those are left that failed at it, they may try again after a pause; when others are
+            // merely busy, after a longer one: a node that is always busy must not hold the part for ever.
+            let forgiven = part.changed_at.after(FORGIVE_AFTER);
+            let pause = if !refusal.excluded_by(Free) {
+                part.avoid.clear();
+                Millis(BACKOFF.0 * u64::from(part.failures.clamp(1, 30)))
+            } else if forgiven <= now.utc {
+                part.avoid.clear();
+                BACKOFF
+            } else {
+                return self.hold_until(now, forgiven, changed);
+            };
+            part.not_before = now.mono.after(pause);
             let at = part.not_before;
             self.hold_back(at);
         }
-        if changed {
-            out.push(Effect::Changed(id));
-        }
+        changed
+    }
+
+    fn hold_until(&mut self, now: Now, until: UtcMillis, changed: bool) -> bool {
+        self.hold_back(now.mono.after(Millis(until.0.saturating_sub(now.utc.0).max(1))));
+        changed
     }
 
     fn hold_back(&mut self, until: MonoMillis) {
@@ -941,6 +1047,7 @@ impl Controller {
         let class = plan.chosen.device_class.clone();
         self.market.take(&node, &class, 1);
         self.claims_of.entry(node).or_default().insert(key);
+        self.deadlines.insert((deadline, key));
         self.claims.insert(
             key,
             Claim {
@@ -953,8 +1060,18 @@ impl Controller {
         );
     }
 
+    /// Moves a claim's deadline.
+    fn due(&mut self, key: &LeaseKey, deadline: MonoMillis) {
+        if let Some(claim) = self.claims.get_mut(key) {
+            self.deadlines.remove(&(claim.deadline, *key));
+            claim.deadline = deadline;
+            self.deadlines.insert((deadline, *key));
+        }
+    }
+
     fn unclaim(&mut self, key: &LeaseKey) -> Option<Claim> {
         let claim = self.claims.remove(key)?;
+        self.deadlines.remove(&(claim.deadline, *key));
         if let Some(keys) = self.claims_of.get_mut(&claim.node) {
             keys.remove(key);
             if keys.is_empty() {
@@ -974,9 +1091,16 @@ impl Controller {
     }
 
     /// The part still needs this very attempt.
-    fn is_wanted(&self, key: &LeaseKey) -> bool {
+    pub(super) fn is_wanted(&self, key: &LeaseKey) -> bool {
         self.part(key)
             .is_some_and(|part| part.fence == key.fence && part.in_flight())
+    }
+
+    /// This attempt was placed on that node.
+    pub(super) fn placed_on(&self, key: &LeaseKey, node: NodeId) -> bool {
+        self.part(key).is_some_and(|part| {
+            part.fence == key.fence && part.plan.as_ref().is_some_and(|plan| plan.chosen.node == node)
+        })
     }
 
     pub(super) fn part(&self, key: &LeaseKey) -> Option<&Part> {
@@ -1001,6 +1125,17 @@ impl Controller {
     pub(super) fn limit_of(&self, rate: Rate, part: &Part) -> DeviceMillis {
         device_limit(rate, part.ceiling, self.config.device_time_max)
     }
+}
+
+/// The part is not placed there again soon.
+fn avoid(part: &mut Part, node: NodeId) {
+    if part.avoid.contains(&node) {
+        return;
+    }
+    if part.avoid.len() >= AVOID_MAX {
+        part.avoid.remove(0);
+    }
+    part.avoid.push(node);
 }
 
 /// What one part needs, for placement.

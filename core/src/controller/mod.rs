@@ -13,7 +13,7 @@ mod view;
 
 pub use admission::{Member, REDEMPTIONS_MAX};
 pub use job::{Job, JobState, Part, PartState};
-pub use mind::Controller;
+pub use mind::{Controller, ORDER_LIFE_MAX, SPENT_MAX};
 pub use view::{Explanation, JobView, LogLine, NodeStatus, PartView};
 
 use crate::{

@@ -313,7 +313,7 @@ impl Controller {
             cause: job.cause.clone(),
             submitted_at: job.submitted_at,
             changed_at: job.changed_at,
-            items_done: job.parts.iter().map(|p| p.items_done.min(p.items)).sum(),
+            items_done: job.parts.iter().map(items_done).sum(),
             reserved: job.reserved,
             spent: job.spent,
             meters,
@@ -344,15 +344,20 @@ fn part_view(index: PartIndex, part: &Part) -> PartView {
             .as_ref()
             .map(|p| p.alternatives.clone())
             .unwrap_or_default(),
-        items_done: if part.state == JobState::Done {
-            part.items
-        } else {
-            part.items_done
-        },
+        items_done: items_done(part),
         meters: part.meters,
         credits: part.credits,
         result: part.result,
         receipt: part.receipt,
         changed_at: part.changed_at,
+    }
+}
+
+/// Progress is not stored: a part that is done says so after a restart too.
+fn items_done(part: &Part) -> u64 {
+    if part.state == JobState::Done {
+        part.items
+    } else {
+        part.items_done.min(part.items)
     }
 }
