@@ -128,6 +128,8 @@ pub struct Checker {
     /// Jobs the scheduler acknowledged.
     accepted: BTreeSet<JobId>,
     ended: BTreeMap<JobId, String>,
+    /// Ended jobs that made room for others.
+    dropped: BTreeSet<JobId>,
     asked: BTreeMap<LeaseKey, (NodeId, Rate)>,
     fence_asked: BTreeMap<(JobId, PartIndex), Fence>,
     leases: BTreeMap<LeaseKey, Seen>,
@@ -153,6 +155,7 @@ impl Checker {
             orders: BTreeMap::new(),
             accepted: BTreeSet::new(),
             ended: BTreeMap::new(),
+            dropped: BTreeSet::new(),
             asked: BTreeMap::new(),
             fence_asked: BTreeMap::new(),
             leases: BTreeMap::new(),
@@ -434,11 +437,11 @@ impl Checker {
                     value,
                 } => self.job_row(key, value),
                 Change::Delete { table: "jobs", key } => {
-                    let job = Digest::try_from(key.as_slice()).map(JobId);
-                    if let Ok(job) = job
-                        && !self.ended.contains_key(&job)
-                    {
-                        self.fail(format!("{job:?} was dropped before it ended"));
+                    if let Ok(job) = Digest::try_from(key.as_slice()).map(JobId) {
+                        self.dropped.insert(job);
+                        if !self.ended.contains_key(&job) {
+                            self.fail(format!("{job:?} was dropped before it ended"));
+                        }
                     }
                 }
                 _ => {}
@@ -453,6 +456,9 @@ impl Checker {
             return self.fail("a job row cannot be read".into());
         };
         let state = value["state"].as_str().unwrap_or_default().to_owned();
+        if self.dropped.contains(&job) {
+            return self.fail(format!("{job:?} had ended and was dropped, and is now {state}"));
+        }
         if let Some(before) = self.ended.get(&job) {
             if *before != state {
                 let before = before.clone();
@@ -698,7 +704,12 @@ impl Checker {
         if let Some(rule) = left {
             self.fail(rule);
         }
-        let jobs: Vec<JobId> = self.ended.keys().copied().collect();
+        let jobs: Vec<JobId> = self
+            .ended
+            .keys()
+            .filter(|job| !self.dropped.contains(job))
+            .copied()
+            .collect();
         for job in jobs {
             if let Err(rule) = self.job_told(&job, disk) {
                 self.fail(format!("{job:?}: {rule}"));
@@ -714,6 +725,7 @@ impl Checker {
         }
     }
 
+    /// All parts of a job that ended.
     fn job_told(&self, job: &JobId, disk: &Disk) -> Result<(), String> {
         let order = self.orders.get(job).ok_or("ended, but nobody signed it")?;
         let row = disk.get("jobs", &job.0.0).ok_or("its row is gone")?;

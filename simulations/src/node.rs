@@ -246,6 +246,9 @@ impl World {
         node.session = None;
         node.tick_at = None;
         let now = node.clock(self.now);
+        if self.setup.sabotage == Some(Sabotage::ForgetFences) {
+            node.disk.wipe("fences");
+        }
         let stored = node.disk.read();
         match Agent::restore(node.config.clone(), now, &stored) {
             Ok(agent) => node.agent = Some(agent),
@@ -342,9 +345,6 @@ impl World {
     }
 
     fn node_stores(&mut self, n: usize, mut changes: Vec<Change>) {
-        if self.sabotaged(Sabotage::ForgetFences) {
-            changes.retain(|c| !matches!(c, Change::Put { table: "fences", .. }));
-        }
         if self.sabotaged(Sabotage::GrantUnstored) {
             changes.retain(|c| !matches!(c, Change::Put { table: "leases", value, .. } if value.ends_with(b"\"Granted\"}")));
         }
@@ -382,6 +382,7 @@ impl World {
         match effect {
             Effect::Persist(_) | Effect::Forget { .. } => {}
             Effect::Log(line) => self.note(|| format!("node {n} logs: {line}")),
+            Effect::Send(_, ToScheduler::Finished(_)) if self.sabotaged(Sabotage::DropFinished) => {}
             Effect::Send(_, message) => {
                 self.checker.to_scheduler(n, &message);
                 for message in self.as_told(n, message) {

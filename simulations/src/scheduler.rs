@@ -43,7 +43,7 @@ pub(crate) struct SchedulerProcess {
 }
 
 impl SchedulerProcess {
-    pub(crate) fn new(secret: SecretKey) -> Self {
+    pub(crate) fn new(secret: SecretKey, jobs_kept: usize) -> Self {
         let config = ControllerConfig {
             secret,
             name: "world".into(),
@@ -55,7 +55,7 @@ impl SchedulerProcess {
             ask_timeout: Millis(4_000),
             jobs_open_max: 1_000,
             jobs_open_user_max: 100,
-            jobs_kept: 10_000,
+            jobs_kept,
             device_time_max: Millis(24 * 3_600_000),
         };
         Self {
@@ -271,7 +271,7 @@ impl World {
         if s.spins.1 > 2_000 {
             return self.checker.fail("the scheduler spins".into());
         }
-        if self.setup.sabotage == Some(Sabotage::NoTicks) || wake.0 == u64::MAX {
+        if wake.0 == u64::MAX {
             return;
         }
         let at = s.booted_at + (wake.0 - s.mono_base).max(1) + late;
@@ -301,6 +301,15 @@ impl World {
                 {
                     let other = (n + 1) % self.nodes.len();
                     self.send_to_node(other, message.clone());
+                }
+                if (self.sabotaged(Sabotage::ForgetFences) || self.sabotaged(Sabotage::ReplayAsks))
+                    && let ToNode::Ask(_) = &message
+                {
+                    for later in [15_000, 40_000] {
+                        let span = self.rng.between(1_000, later);
+                        let message = Box::new(message.clone());
+                        self.after(span, Due::Replay { n, message });
+                    }
                 }
                 self.send_to_node(n, message);
             }
@@ -413,8 +422,29 @@ impl World {
         for user in 0..self.users.len() {
             let jobs: Vec<JobId> = self.users[user].hopeless.iter().copied().collect();
             for job in jobs {
-                let pause = self.rng.between(10, 5_000);
+                let pause = self.rng.between(300_000, 305_000);
                 self.after(pause, Due::Cancel { user, job });
+            }
+        }
+    }
+
+    /// In the calm nothing takes minutes: what has been under way for so long is lost.
+    pub(crate) fn look_for_lost(&mut self) {
+        let Some(controller) = &self.scheduler.controller else {
+            return;
+        };
+        let now = self.scheduler.clock(self.now).utc;
+        for job in controller.jobs(None, false, usize::MAX) {
+            for part in &job.parts {
+                let queued = part.state == karez_core::controller::JobState::Queued;
+                if !part.state.ended() && !queued && part.changed_at.after(Millis(240_000)) < now {
+                    let rule = format!("{:?}/{} has been {:?} for minutes", job.id, part.part, part.state);
+                    self.checker.fail(rule);
+                }
+                if queued && part.cause.is_empty() {
+                    let rule = format!("{:?}/{} waits without a reason", job.id, part.part);
+                    self.checker.fail(rule);
+                }
             }
         }
     }

@@ -17,6 +17,8 @@ pub struct Setup {
     pub faults_per_minute: u64,
     /// Nodes that lie, per thousand.
     pub liars_per_mille: u64,
+    /// Ended jobs the scheduler keeps.
+    pub jobs_kept: usize,
     /// Record what happens, readable.
     pub trace: bool,
     /// A promise to break, to see that the checkers notice.
@@ -34,6 +36,7 @@ impl Default for Setup {
             calm_ms_max: 3_600_000,
             faults_per_minute: 40,
             liars_per_mille: 60,
+            jobs_kept: 10_000,
             trace: false,
             sabotage: None,
         }
@@ -57,6 +60,7 @@ impl Setup {
     pub fn of_seed(seed: u64) -> Self {
         let small = Self {
             nodes: 8 + (seed % 8) as usize,
+            jobs_kept: if seed.is_multiple_of(3) { 2 } else { 10_000 },
             ..Self::small()
         };
         match seed % 25 {
@@ -83,7 +87,9 @@ impl Setup {
 /// A broken promise: each must be noticed by a checker, or the checker is worth nothing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Sabotage {
-    /// Nodes forget which fences they saw and are asked old things again.
+    /// Nodes are asked old things again. The one that must do no harm.
+    ReplayAsks,
+    /// As that, and nodes forget at a restart which fences they saw.
     ForgetFences,
     /// Nodes count more devices than the machine has.
     Overbook,
@@ -103,8 +109,8 @@ pub enum Sabotage {
     Dearer,
     /// Nodes never hear that a usage was taken.
     DropSettled,
-    /// The scheduler's clock never ticks.
-    NoTicks,
+    /// Usages never leave a node.
+    DropFinished,
     /// Results never reach the scheduler's store, yet are reported as brought there.
     LoseResults,
 }

@@ -77,6 +77,18 @@ impl World {
                 let later = at + rng.between(10, 40_000);
                 self.at(later, Due::Cancel { user, job });
             }
+            if rng.chance(200) {
+                // The same order again: the same job, even when it has long ended.
+                let due = Due::Submit {
+                    user,
+                    order: Box::new(order.clone()),
+                    caller,
+                    wait,
+                    again: false,
+                };
+                let later = at + rng.between(10, 200_000);
+                self.at(later, due);
+            }
             let due = Due::Submit {
                 user,
                 order: Box::new(order),
@@ -128,7 +140,7 @@ impl World {
             work,
             input: ArtifactRef {
                 digest: Digest::of(&nonce.to_le_bytes()),
-                bytes: Bytes(items * rng.between(20, 4_000)),
+                bytes: Bytes(items * rng.between(20, 1_000)),
                 kind: ArtifactKind::Blob,
             },
             items,

@@ -100,6 +100,13 @@ pub(crate) enum Due {
         n: usize,
     },
     Fault,
+    /// Time to see whether something got lost.
+    Inspect,
+    /// An old message comes again.
+    Replay {
+        n: usize,
+        message: Box<ToNode>,
+    },
     Calm,
     OwnerOpens {
         n: usize,
@@ -147,7 +154,7 @@ impl World {
         let mut world = Self {
             seed,
             checker: Checker::new(id, truths),
-            scheduler: SchedulerProcess::new(secret),
+            scheduler: SchedulerProcess::new(secret, setup.jobs_kept),
             nodes,
             users,
             sessions: Vec::new(),
@@ -351,6 +358,8 @@ impl World {
                 self.nodes[n].cut_until = 0;
             }
             Due::Fault => self.fault(),
+            Due::Inspect => self.look_for_lost(),
+            Due::Replay { n, message } => self.send_to_node(n, *message),
             Due::Calm => self.calm_down(),
             Due::OwnerOpens { n, epoch } => {
                 if self.nodes[n].epoch == epoch && self.nodes[n].agent.is_some() {
@@ -586,6 +595,7 @@ impl World {
                 self.node_event(n, agent::Event::Owner(agent::OwnerCommand::Open));
             }
         }
+        self.after(290_000, Due::Inspect);
         self.call_off_hopeless();
     }
 }

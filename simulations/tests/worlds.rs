@@ -71,3 +71,53 @@ fn equal_seeds_give_equal_worlds() {
         assert_eq!(run(seed, &setup), run(seed, &setup), "seed {seed}");
     }
 }
+
+/// Each promise is broken in a shell around the unchanged minds; a checker that sleeps through one is broken too.
+#[test]
+fn every_broken_promise_is_noticed() {
+    use Sabotage::*;
+    for (sabotage, words) in [
+        (ForgetFences, &["lives again", "after fence"][..]),
+        (Overbook, &["promised", "and runs"]),
+        (AskTwice, &["another node was asked", "granted by node"]),
+        (GrantUnstored, &["granted before it was stored"]),
+        (AcceptUnstored, &["acknowledged but is not on disk"]),
+        (BillTwice, &["settled before", "after fence"]),
+        (Overcharge, &["the posting moves", "the receipt asks", "says"]),
+        (FalseCountry, &["none of its countries", "is excluded"]),
+        (Dearer, &["it costs"]),
+        (DropSettled, &["still holds"]),
+        (DropFinished, &["for minutes", "still open"]),
+        (LoseResults, &["never reached the scheduler"]),
+    ] {
+        let mut rules = Vec::new();
+        let noticed = (0..30).any(|seed| {
+            let setup = Setup {
+                sabotage: Some(sabotage),
+                liars_per_mille: 0,
+                ..Setup::small()
+            };
+            let Err(failure) = run(seed, &setup) else {
+                return false;
+            };
+            rules.push(failure.rule);
+            rules
+                .iter()
+                .any(|rule| words.iter().any(|word| rule.contains(word)))
+        });
+        assert!(noticed, "{sabotage:?} went unnoticed: {rules:?}");
+    }
+}
+
+#[test]
+fn old_asks_that_come_again_do_no_harm() {
+    for seed in 0..6 {
+        let setup = Setup {
+            sabotage: Some(Sabotage::ReplayAsks),
+            ..Setup::small()
+        };
+        if let Err(failure) = run(seed, &setup) {
+            panic!("{failure}");
+        }
+    }
+}
