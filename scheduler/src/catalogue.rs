@@ -37,7 +37,7 @@ pub(crate) enum NameError {
     #[error("{have} models are named, the limit is {max}: ask the operator to remove some")]
     Full { have: usize, max: usize },
     #[error(transparent)]
-    Store(#[from] StoreError),
+    Store(Box<StoreError>),
 }
 
 #[derive(Default)]
@@ -95,7 +95,8 @@ impl Catalogue {
         // Only maps with keys that are not text can fail here.
         let value = serde_json::to_vec(&named).unwrap_or_default();
         let put = Op::Put { table: TABLE, key: name.clone().into_bytes(), value };
-        writer.commit(Transaction { ops: vec![put] }).await?;
+        let put = writer.commit(Transaction { ops: vec![put] }).await;
+        put.map_err(|e| NameError::Store(Box::new(e)))?;
         lock(&self.names).insert(name, named);
         Ok(())
     }

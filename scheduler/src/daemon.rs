@@ -50,7 +50,7 @@ pub enum DaemonError {
     Identity(#[from] IdentityError),
     /// The books cannot be opened, or a commit failed.
     #[error("the scheduler's books: {0}")]
-    Books(#[from] StoreError),
+    Books(Box<StoreError>),
     /// The books hold something this version cannot read.
     #[error("the scheduler's books: {0}: run the version that wrote them, or restore a backup")]
     Stored(#[from] StoredError),
@@ -92,6 +92,12 @@ pub enum DaemonError {
         /// Why.
         why: String,
     },
+}
+
+impl From<StoreError> for DaemonError {
+    fn from(error: StoreError) -> Self {
+        Self::Books(Box::new(error))
+    }
 }
 
 /// Runs the scheduler in `dir` until `shutdown` resolves or its disk fails. Ends within three seconds of `shutdown`.
@@ -150,8 +156,8 @@ impl Daemon {
         let clock = Clock::start();
         let (state_dir, store_dir, limit) = (dir.join(STATE_DIR), dir.join(ARTIFACTS_DIR), config.artifacts.limit);
         let options = Options { scheduler: Some(id), ..Options::default() };
-        let opened = blocking(move || Writer::open(&state_dir, options)).await;
-        let (writer, recovered) = opened.unwrap_or(Err(StoreError::Stopped))?;
+        let opened = blocking(move || Writer::open(&state_dir, options).map_err(DaemonError::from)).await;
+        let (writer, recovered) = opened.unwrap_or(Err(StoreError::Stopped.into()))?;
         for repaired in &recovered.report {
             tracing::warn!("{repaired}");
         }

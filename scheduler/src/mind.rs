@@ -60,7 +60,7 @@ pub(crate) enum Input {
     /// It ended.
     Down(NodeId, SessionId),
     /// The node said something. What comes from a replaced session is dropped.
-    Heard(NodeId, SessionId, ToScheduler),
+    Heard(NodeId, SessionId, Box<ToScheduler>),
 }
 
 /// Everything the handlers share.
@@ -265,7 +265,7 @@ impl Loop {
                 [Some(Event::NodeGone(node)), None]
             }
             Input::Heard(node, session, said) if self.stands(node, session) => {
-                [Some(Event::Heard(node, said)), None]
+                [Some(Event::Heard(node, *said)), None]
             }
             Input::Down(..) | Input::Heard(..) => [None, None],
         }

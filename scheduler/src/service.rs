@@ -336,7 +336,7 @@ impl Control for Service {
                 if all {
                     let public = |a: &Account| matches!(a, Account::Federation | Account::Institution(_));
                     let others = c.accounts().iter().map(|(account, _)| account);
-                    accounts.extend(others.filter(|a| operator || public(a)).cloned().take(ACCOUNTS_MAX));
+                    accounts.extend(others.filter(|a| operator || public(a)).take(ACCOUNTS_MAX).cloned());
                     accounts.sort();
                     accounts.dedup();
                 }

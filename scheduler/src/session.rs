@@ -103,7 +103,7 @@ async fn converse(
         return;
     }
     let said = ToScheduler::Report(report);
-    if shared.inputs.send(Input::Heard(node, session, said)).await.is_ok() {
+    if shared.inputs.send(Input::Heard(node, session, Box::new(said))).await.is_ok() {
         let ended = tokio::select! {
             ended = listen(&shared, node, session, &mut incoming) => ended,
             // Replaced, or cut for reading too slowly.
@@ -175,7 +175,7 @@ async fn listen(
         if !result_is_here(shared, node, &said) {
             continue;
         }
-        if shared.inputs.send(Input::Heard(node, session, said)).await.is_err() {
+        if shared.inputs.send(Input::Heard(node, session, Box::new(said))).await.is_err() {
             return Ended::Cut;
         }
     }
