@@ -64,7 +64,12 @@ pub fn decode(text: &str) -> Result<Verified<Invitation>, InviteError> {
         .filter(|(_, c)| !c.is_whitespace())
         .map(|(i, c)| (i + 1, c.to_ascii_lowercase()))
         .collect();
-    if !letters.iter().map(|(_, c)| *c).take(PREFIX.len()).eq(PREFIX.chars()) {
+    if !letters
+        .iter()
+        .map(|(_, c)| *c)
+        .take(PREFIX.len())
+        .eq(PREFIX.chars())
+    {
         return Err(InviteError::Prefix);
     }
     let bytes = unbase32(letters.get(PREFIX.len()..).unwrap_or_default())?;
@@ -111,7 +116,10 @@ fn unbase32(letters: &[(usize, char)]) -> Result<Vec<u8>, InviteError> {
             .iter()
             .position(|c| char::from(*c) == *found)
             .and_then(|v| u32::try_from(v).ok())
-            .ok_or(InviteError::Character { found: *found, at: *at })?;
+            .ok_or(InviteError::Character {
+                found: *found,
+                at: *at,
+            })?;
         held = held << 5 | value;
         bits += 5;
         if bits >= 8 {
@@ -121,7 +129,11 @@ fn unbase32(letters: &[(usize, char)]) -> Result<Vec<u8>, InviteError> {
         }
     }
     // What is left over is padding: under one letter of it, and zero. One text for one invitation.
-    if bits >= 5 || held != 0 { Err(InviteError::Damaged) } else { Ok(out) }
+    if bits >= 5 || held != 0 {
+        Err(InviteError::Damaged)
+    } else {
+        Ok(out)
+    }
 }
 
 #[cfg(test)]
@@ -170,8 +182,14 @@ mod tests {
         assert_eq!(decode(""), Err(InviteError::Prefix));
         assert_eq!(decode("hello"), Err(InviteError::Prefix));
         assert_eq!(decode("karez1"), Err(InviteError::Damaged));
-        assert_eq!(decode(&"karez1".repeat(2_000)), Err(InviteError::TooLong { chars: 12_000 }));
-        assert_eq!(decode(&text.replacen("karez1", "karez1!", 1)), Err(InviteError::Character { found: '!', at: 7 }));
+        assert_eq!(
+            decode(&"karez1".repeat(2_000)),
+            Err(InviteError::TooLong { chars: 12_000 })
+        );
+        assert_eq!(
+            decode(&text.replacen("karez1", "karez1!", 1)),
+            Err(InviteError::Character { found: '!', at: 7 })
+        );
         for cut in PREFIX.len()..text.len() {
             assert_eq!(decode(&text[..cut]), Err(InviteError::Damaged), "cut at {cut}");
         }
@@ -181,8 +199,13 @@ mod tests {
     #[test]
     fn base32_is_the_one_of_rfc_4648() {
         for (bytes, expected) in [
-            ("", ""), ("f", "my"), ("fo", "mzxq"), ("foo", "mzxw6"),
-            ("foob", "mzxw6yq"), ("fooba", "mzxw6ytb"), ("foobar", "mzxw6ytboi"),
+            ("", ""),
+            ("f", "my"),
+            ("fo", "mzxq"),
+            ("foo", "mzxw6"),
+            ("foob", "mzxw6yq"),
+            ("fooba", "mzxw6ytb"),
+            ("foobar", "mzxw6ytboi"),
         ] {
             let mut text = String::new();
             base32(bytes.as_bytes(), &mut text);

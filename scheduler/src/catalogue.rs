@@ -26,11 +26,15 @@ pub(crate) struct Named {
 /// Why a name was not taken.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum NameError {
-    #[error("{0:?} is no model name: use 1 to 100 letters, digits, dots, dashes and underscores, starting with a letter or digit")]
+    #[error(
+        "{0:?} is no model name: use 1 to 100 letters, digits, dots, dashes and underscores, starting with a letter or digit"
+    )]
     Name(String),
     #[error("{0:?} is no model format: use up to 32 of a-z, 0-9 and dash, like gguf or safetensors")]
     Format(String),
-    #[error("the licence {0:?} is longer than 128 bytes or holds control characters: name it, like Apache-2.0")]
+    #[error(
+        "the licence {0:?} is longer than 128 bytes or holds control characters: name it, like Apache-2.0"
+    )]
     Licence(String),
     #[error("the name {name:?} was given by key {owner}: choose another name, or ask its owner")]
     Taken { name: String, owner: String },
@@ -57,11 +61,17 @@ impl Catalogue {
                 (name, _) => tracing::warn!(?name, "a stored model name cannot be read: left out"),
             }
         }
-        Self { names: Mutex::new(names), changing: tokio::sync::Mutex::default() }
+        Self {
+            names: Mutex::new(names),
+            changing: tokio::sync::Mutex::default(),
+        }
     }
 
     pub(crate) fn list(&self) -> Vec<(String, Named)> {
-        lock(&self.names).iter().map(|(name, named)| (name.clone(), named.clone())).collect()
+        lock(&self.names)
+            .iter()
+            .map(|(name, named)| (name.clone(), named.clone()))
+            .collect()
     }
 
     /// Points `name` at an artifact. On disk when it returns `Ok`.
@@ -78,23 +88,36 @@ impl Catalogue {
             let names = lock(&self.names);
             match names.get(&name) {
                 Some(known) if known.by != named.by && !operator => {
-                    return Err(NameError::Taken { name, owner: known.by.short() });
+                    return Err(NameError::Taken {
+                        name,
+                        owner: known.by.short(),
+                    });
                 }
                 Some(_) => {}
                 None => {
                     let of_key = names.values().filter(|n| n.by == named.by).count();
                     if names.len() >= NAMES_MAX {
-                        return Err(NameError::Full { have: names.len(), max: NAMES_MAX });
+                        return Err(NameError::Full {
+                            have: names.len(),
+                            max: NAMES_MAX,
+                        });
                     }
                     if of_key >= NAMES_OF_KEY_MAX && !operator {
-                        return Err(NameError::Full { have: of_key, max: NAMES_OF_KEY_MAX });
+                        return Err(NameError::Full {
+                            have: of_key,
+                            max: NAMES_OF_KEY_MAX,
+                        });
                     }
                 }
             }
         }
         // Only maps with keys that are not text can fail here.
         let value = serde_json::to_vec(&named).unwrap_or_default();
-        let put = Op::Put { table: TABLE, key: name.clone().into_bytes(), value };
+        let put = Op::Put {
+            table: TABLE,
+            key: name.clone().into_bytes(),
+            value,
+        };
         let put = writer.commit(Transaction { ops: vec![put] }).await;
         put.map_err(|e| NameError::Store(Box::new(e)))?;
         lock(&self.names).insert(name, named);
@@ -115,7 +138,9 @@ fn check(name: &str, named: &Named) -> Result<(), NameError> {
     let format = &named.format;
     if format.is_empty()
         || format.len() > 32
-        || !format.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-')
+        || !format
+            .chars()
+            .all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-')
     {
         return Err(NameError::Format(start(format)));
     }

@@ -206,13 +206,21 @@ pub struct Limits {
 
 impl Default for Monitor {
     fn default() -> Self {
-        Self { enabled: true, listen: monitor_listen(), certificate: None, key: None }
+        Self {
+            enabled: true,
+            listen: monitor_listen(),
+            certificate: None,
+            key: None,
+        }
     }
 }
 
 impl Default for AdmissionConfig {
     fn default() -> Self {
-        Self { mode: Mode::Invited, credits: Credits::ZERO }
+        Self {
+            mode: Mode::Invited,
+            credits: Credits::ZERO,
+        }
     }
 }
 
@@ -253,8 +261,14 @@ impl Config {
             Err(error) => return Err(ConfigError::Io { path, error }),
         };
         if meta.len() > FILE_BYTES_MAX {
-            let why = format!("{} bytes are no configuration, the limit is {FILE_BYTES_MAX}", meta.len());
-            return Err(ConfigError::Io { path, error: io::Error::other(why) });
+            let why = format!(
+                "{} bytes are no configuration, the limit is {FILE_BYTES_MAX}",
+                meta.len()
+            );
+            return Err(ConfigError::Io {
+                path,
+                error: io::Error::other(why),
+            });
         }
         match fs::read_to_string(&path) {
             Ok(text) => Self::parse(&text, &path),
@@ -270,7 +284,14 @@ impl Config {
             ConfigError::Line {
                 path: path.to_owned(),
                 line: line + 1,
-                text: text.lines().nth(line).unwrap_or_default().trim().chars().take(200).collect(),
+                text: text
+                    .lines()
+                    .nth(line)
+                    .unwrap_or_default()
+                    .trim()
+                    .chars()
+                    .take(200)
+                    .collect(),
                 why: error.message().to_owned(),
             }
         })?;
@@ -279,7 +300,13 @@ impl Config {
     }
 
     fn check(&self, path: &Path) -> Result<(), ConfigError> {
-        let rule = |key, why: String| Err(ConfigError::Rule { path: path.to_owned(), key, why });
+        let rule = |key, why: String| {
+            Err(ConfigError::Rule {
+                path: path.to_owned(),
+                key,
+                why,
+            })
+        };
         if self.name.is_empty() || self.name.len() > 64 || self.name.chars().any(char::is_control) {
             return rule("name", "must have 1 to 64 bytes and no control characters".into());
         }
@@ -294,7 +321,10 @@ impl Config {
         }
         let monitor = &self.monitor;
         if monitor.certificate.is_some() != monitor.key.is_some() {
-            return rule("monitor.certificate", "and monitor.key go together: set both or neither".into());
+            return rule(
+                "monitor.certificate",
+                "and monitor.key go together: set both or neither".into(),
+            );
         }
         if monitor.enabled && !monitor.listen.ip().is_loopback() && monitor.certificate.is_none() {
             return rule(
@@ -311,20 +341,32 @@ impl Config {
             ("peer.bootstrap", &self.peer.bootstrap, 0),
         ] {
             if list.len() < least || list.len() > ADDRS_MAX {
-                return rule(key, format!("has {} addresses: {least} to {ADDRS_MAX} are allowed", list.len()));
+                return rule(
+                    key,
+                    format!("has {} addresses: {least} to {ADDRS_MAX} are allowed", list.len()),
+                );
             }
             for addr in list {
                 if let Err(error) = addr.parse::<karez_net::peer::Multiaddr>() {
-                    return rule(key, format!("holds {addr:?}: {error}; write it like /ip4/0.0.0.0/tcp/7401"));
+                    return rule(
+                        key,
+                        format!("holds {addr:?}: {error}; write it like /ip4/0.0.0.0/tcp/7401"),
+                    );
                 }
             }
         }
         let artifacts = &self.artifacts.advertise;
         if artifacts.is_empty() || artifacts.len() > ADDRS_MAX {
-            return rule("artifacts.advertise", format!("needs 1 to {ADDRS_MAX} addresses like 203.0.113.7:7402"));
+            return rule(
+                "artifacts.advertise",
+                format!("needs 1 to {ADDRS_MAX} addresses like 203.0.113.7:7402"),
+            );
         }
         if let Some(bad) = artifacts.iter().find(|a| !host_and_port(a)) {
-            return rule("artifacts.advertise", format!("holds {bad:?}: write it like 203.0.113.7:7402"));
+            return rule(
+                "artifacts.advertise",
+                format!("holds {bad:?}: write it like 203.0.113.7:7402"),
+            );
         }
         if self.artifacts.limit < Bytes(1 << 20) {
             return rule("artifacts.limit", "must be at least 1 MiB".into());
@@ -336,12 +378,22 @@ impl Config {
             ("timing.reconnect_grace", t.reconnect_grace, 100, 3_600_000),
             ("timing.ask_timeout", t.ask_timeout, 100, 600_000),
             ("timing.summary_every", t.summary_every, 1_000, 3_600_000),
-            ("limits.device_time_max", self.limits.device_time_max, 1_000, 31 * 24 * 3_600_000),
+            (
+                "limits.device_time_max",
+                self.limits.device_time_max,
+                1_000,
+                31 * 24 * 3_600_000,
+            ),
         ] {
             if value.0 < least || value.0 > most {
                 return rule(
                     key,
-                    format!("is {}: {} to {} is allowed", human(value), human(Millis(least)), human(Millis(most))),
+                    format!(
+                        "is {}: {} to {} is allowed",
+                        human(value),
+                        human(Millis(least)),
+                        human(Millis(most))
+                    ),
                 );
             }
         }
@@ -378,7 +430,9 @@ impl Config {
             artifact_addrs: self.artifacts.advertise.clone(),
             admission: match self.admission.mode {
                 Mode::Invited => Admission::Invited,
-                Mode::Open => Admission::Open { credits: self.admission.credits },
+                Mode::Open => Admission::Open {
+                    credits: self.admission.credits,
+                },
             },
             heartbeat: self.timing.heartbeat,
             lease_ttl: self.timing.lease_ttl,
@@ -396,7 +450,9 @@ impl Config {
 pub fn parse_size(text: &str) -> Result<Bytes, String> {
     let bad = || format!("{text:?} is no size: write it like 20 GiB or 500 MB");
     let text = text.trim();
-    let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+    let digits = text
+        .find(|c: char| !c.is_ascii_digit() && c != '.')
+        .unwrap_or(text.len());
     let (number, unit) = text.split_at(digits);
     let unit: u64 = match unit.trim() {
         "" | "B" => 1,
@@ -440,9 +496,14 @@ fn size<'de, D: Deserializer<'de>>(from: D) -> Result<Bytes, D::Error> {
 
 fn duration<'de, D: Deserializer<'de>>(from: D) -> Result<Millis, D::Error> {
     let text = String::deserialize(from)?;
-    let span = humantime::parse_duration(&text)
-        .map_err(|e| D::Error::custom(format!("{text:?} is no duration ({e}): write it like 15s or 500ms")))?;
-    u64::try_from(span.as_millis()).map(Millis).map_err(D::Error::custom)
+    let span = humantime::parse_duration(&text).map_err(|e| {
+        D::Error::custom(format!(
+            "{text:?} is no duration ({e}): write it like 15s or 500ms"
+        ))
+    })?;
+    u64::try_from(span.as_millis())
+        .map(Millis)
+        .map_err(D::Error::custom)
 }
 
 fn credits<'de, D: Deserializer<'de>>(from: D) -> Result<Credits, D::Error> {
@@ -498,14 +559,26 @@ advertise = ["127.0.0.1:7402"]
                 GOOD.replace("[peer]", "lisen = 1\n[peer]"),
                 &["scheduler.toml, line 7", "lisen"][..],
             ),
-            ("bad duration", format!("{GOOD}[timing]\nheartbeat = \"soon\"\n"), &["line 12", "heartbeat", "15s"]),
+            (
+                "bad duration",
+                format!("{GOOD}[timing]\nheartbeat = \"soon\"\n"),
+                &["line 13", "heartbeat", "15s"],
+            ),
             (
                 "bad size",
                 GOOD.replace("[artifacts]", "[artifacts]\nlimit = \"20 potatoes\""),
                 &["line 10", "20 GiB"],
             ),
-            ("missing", GOOD.replace("advertise = \"127.0.0.1:7400\"\n", ""), &["scheduler.toml", "advertise"]),
-            ("bad name", GOOD.replace("uni-nairobi", "Uni Nairobi"), &["line 3", "institution"]),
+            (
+                "missing",
+                GOOD.replace("advertise = \"127.0.0.1:7400\"\n", ""),
+                &["scheduler.toml", "advertise"],
+            ),
+            (
+                "bad name",
+                GOOD.replace("uni-nairobi", "Uni Nairobi"),
+                &["line 3", "institution"],
+            ),
             (
                 "open monitor",
                 format!("{GOOD}[monitor]\nlisten = \"0.0.0.0:7403\"\n"),
@@ -521,7 +594,11 @@ advertise = ["127.0.0.1:7402"]
                 format!("{GOOD}[timing]\nlease_ttl = \"3s\"\n"),
                 &["timing.lease_ttl is 3s", "two heartbeats"],
             ),
-            ("bad multiaddr", GOOD.replace("/ip4/127.0.0.1/tcp/7401", "127.0.0.1:7401"), &["peer.listen"]),
+            (
+                "bad multiaddr",
+                GOOD.replace("/ip4/127.0.0.1/tcp/7401", "127.0.0.1:7401"),
+                &["peer.listen"],
+            ),
             ("no toml", "name = ".into(), &["line 1"]),
         ] {
             let error = parse(&text).expect_err(name);

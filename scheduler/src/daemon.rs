@@ -150,12 +150,21 @@ impl Daemon {
             }
         }
         let control_addr = local(&control_listener, "control.listen", &file)?;
-        let monitor_addr =
-            monitor_listener.as_ref().map(|l| local(l, "monitor.listen", &file)).transpose()?;
+        let monitor_addr = monitor_listener
+            .as_ref()
+            .map(|l| local(l, "monitor.listen", &file))
+            .transpose()?;
 
         let clock = Clock::start();
-        let (state_dir, store_dir, limit) = (dir.join(STATE_DIR), dir.join(ARTIFACTS_DIR), config.artifacts.limit);
-        let options = Options { scheduler: Some(id), ..Options::default() };
+        let (state_dir, store_dir, limit) = (
+            dir.join(STATE_DIR),
+            dir.join(ARTIFACTS_DIR),
+            config.artifacts.limit,
+        );
+        let options = Options {
+            scheduler: Some(id),
+            ..Options::default()
+        };
         let opened = blocking(move || Writer::open(&state_dir, options).map_err(DaemonError::from)).await;
         let (writer, recovered) = opened.unwrap_or(Err(StoreError::Stopped.into()))?;
         for repaired in &recovered.report {
@@ -178,10 +187,14 @@ impl Daemon {
         let accounts = recovered.book.accounts().clone();
         let catalogue = Catalogue::restore(&recovered.tables);
         drop(recovered);
-        let controller = Controller::restore(config.controller(secret.clone()), clock.now(), &stored, accounts)?;
+        let controller =
+            Controller::restore(config.controller(secret.clone()), clock.now(), &stored, accounts)?;
         // Member rows are named by their keys; what is no member's row is no member.
         let members = Members::default();
-        for key in stored.iter().filter_map(|row| PublicKey::from_bytes(&row.key).ok()) {
+        for key in stored
+            .iter()
+            .filter_map(|row| PublicKey::from_bytes(&row.key).ok())
+        {
             if let Some(member) = controller.member(&key) {
                 members.admit(key, member.role);
             }
@@ -216,12 +229,13 @@ impl Daemon {
             .map_err(|e| listen_error(&e, config.artifacts.listen, "artifacts.listen", &file))?;
         let (peer, events) = Peer::start(&secret, peer_config(config))?;
 
-        let incoming =
-            control::serve_incoming(control_listener, &secret, tls::anyone()).map_err(|e| DaemonError::Serve {
+        let incoming = control::serve_incoming(control_listener, &secret, tls::anyone()).map_err(|e| {
+            DaemonError::Serve {
                 what: "control",
                 addr: control_addr,
                 why: e.to_string(),
-            })?;
+            }
+        })?;
         let api = ControlServer::new(service::Service(shared.clone()))
             .max_decoding_message_size(MESSAGE_BYTES_MAX)
             .max_encoding_message_size(MESSAGE_BYTES_MAX);
@@ -231,11 +245,19 @@ impl Daemon {
                 .add_service(api)
                 .serve_with_incoming_shutdown(incoming, async move { until.stopped().await })
                 .await
-                .map_err(|e| DaemonError::Serve { what: "control", addr: control_addr, why: e.to_string() })
+                .map_err(|e| DaemonError::Serve {
+                    what: "control",
+                    addr: control_addr,
+                    why: e.to_string(),
+                })
         });
         let mut servers = vec![control];
         if let Some(listener) = monitor_listener {
-            servers.push(tokio::spawn(monitor::serve(shared.clone(), listener, tls_identity)));
+            servers.push(tokio::spawn(monitor::serve(
+                shared.clone(),
+                listener,
+                tls_identity,
+            )));
         }
         let helpers = vec![
             tokio::spawn(peers::listen(shared.clone(), events)),
@@ -356,7 +378,11 @@ async fn sweep(shared: Arc<Shared>) {
 
 fn peer_config(config: &Config) -> PeerConfig {
     // The configuration was checked when it was read: every address parses.
-    let addrs = |list: &[String]| list.iter().filter_map(|a| a.parse().ok()).collect::<Vec<Multiaddr>>();
+    let addrs = |list: &[String]| {
+        list.iter()
+            .filter_map(|a| a.parse().ok())
+            .collect::<Vec<Multiaddr>>()
+    };
     let mut peer = PeerConfig::scheduler(addrs(&config.peer.listen), addrs(&config.peer.bootstrap));
     peer.external = addrs(&config.peer.advertise);
     peer
@@ -371,29 +397,51 @@ fn tcp_of(addr: &str) -> Option<SocketAddr> {
 }
 
 async fn listen(addr: SocketAddr, setting: &'static str, file: &Path) -> Result<TcpListener, DaemonError> {
-    TcpListener::bind(addr).await.map_err(|error| refused(&error, addr, setting, file))
+    TcpListener::bind(addr)
+        .await
+        .map_err(|error| refused(&error, addr, setting, file))
 }
 
 fn local(listener: &TcpListener, setting: &'static str, file: &Path) -> Result<SocketAddr, DaemonError> {
-    listener.local_addr().map_err(|error| refused(&error, SocketAddr::from(([0, 0, 0, 0], 0)), setting, file))
+    listener
+        .local_addr()
+        .map_err(|error| refused(&error, SocketAddr::from(([0, 0, 0, 0], 0)), setting, file))
 }
 
 fn refused(error: &io::Error, addr: SocketAddr, setting: &'static str, config: &Path) -> DaemonError {
     let why = match error.kind() {
         io::ErrorKind::AddrInUse => {
-            format!("port {} is taken by another program (perhaps another scheduler): stop it", addr.port())
+            format!(
+                "port {} is taken by another program (perhaps another scheduler): stop it",
+                addr.port()
+            )
         }
         io::ErrorKind::PermissionDenied => format!("port {} needs rights that this user lacks", addr.port()),
         io::ErrorKind::AddrNotAvailable => format!("this machine does not have the address {}", addr.ip()),
         _ => error.to_string(),
     };
-    DaemonError::Listen { addr: addr.to_string(), setting, why, config: config.to_owned() }
+    DaemonError::Listen {
+        addr: addr.to_string(),
+        setting,
+        why,
+        config: config.to_owned(),
+    }
 }
 
-fn listen_error(error: &TransferError, addr: SocketAddr, setting: &'static str, config: &Path) -> DaemonError {
+fn listen_error(
+    error: &TransferError,
+    addr: SocketAddr,
+    setting: &'static str,
+    config: &Path,
+) -> DaemonError {
     match error {
         TransferError::Bind { error, .. } => refused(error, addr, setting, config),
-        other => DaemonError::Listen { addr: addr.to_string(), setting, why: other.to_string(), config: config.to_owned() },
+        other => DaemonError::Listen {
+            addr: addr.to_string(),
+            setting,
+            why: other.to_string(),
+            config: config.to_owned(),
+        },
     }
 }
 

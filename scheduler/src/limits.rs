@@ -36,7 +36,10 @@ struct Bucket {
 
 impl Bucket {
     fn full(burst: f64) -> Self {
-        Self { tokens: burst, at: Instant::now() }
+        Self {
+            tokens: burst,
+            at: Instant::now(),
+        }
     }
 
     fn refill(&mut self, per_second: f64, burst: f64, now: Instant) {
@@ -99,10 +102,16 @@ impl Limits {
                 bucket.tokens < burst
             });
             if keys.len() >= KEYS_MAX {
-                return Err(Status::resource_exhausted("the scheduler is too busy for new callers: try again in a second"));
+                return Err(Status::resource_exhausted(
+                    "the scheduler is too busy for new callers: try again in a second",
+                ));
             }
         }
-        if keys.entry(key).or_insert_with(|| Bucket::full(burst)).take(rate, burst) {
+        if keys
+            .entry(key)
+            .or_insert_with(|| Bucket::full(burst))
+            .take(rate, burst)
+        {
             Ok(())
         } else {
             Err(Status::resource_exhausted(format!(
@@ -117,13 +126,19 @@ impl Limits {
         if lock(&self.joins).take(JOINS_PER_SECOND, JOINS_BURST) {
             Ok(())
         } else {
-            Err(Status::resource_exhausted("too many keys are joining at once: try again in a few seconds"))
+            Err(Status::resource_exhausted(
+                "too many keys are joining at once: try again in a few seconds",
+            ))
         }
     }
 
     /// One watch of `key`, until the slot is dropped.
     pub(crate) fn watch(&self, key: PublicKey) -> Result<WatchSlot, Status> {
-        let busy = || Status::resource_exhausted("the scheduler has no room for another watch: ask with `karez job show`");
+        let busy = || {
+            Status::resource_exhausted(
+                "the scheduler has no room for another watch: ask with `karez job show`",
+            )
+        };
         let all = self.watches_all.clone().try_acquire_owned().map_err(|_| busy())?;
         let mut table = lock(&self.watches);
         let count = table.entry(key).or_default();
@@ -135,13 +150,19 @@ impl Limits {
             )));
         }
         *count += 1;
-        Ok(WatchSlot { key, table: self.watches.clone(), _all: all })
+        Ok(WatchSlot {
+            key,
+            table: self.watches.clone(),
+            _all: all,
+        })
     }
 
     /// One export of the ledger, until the permit is dropped.
     pub(crate) fn export(&self) -> Result<OwnedSemaphorePermit, Status> {
         self.exports.clone().try_acquire_owned().map_err(|_| {
-            Status::resource_exhausted(format!("{EXPORTS_MAX} exports of the ledger are running: try again in a minute"))
+            Status::resource_exhausted(format!(
+                "{EXPORTS_MAX} exports of the ledger are running: try again in a minute"
+            ))
         })
     }
 }
@@ -152,7 +173,11 @@ mod tests {
 
     #[test]
     fn a_burst_passes_then_the_rate_holds_and_other_keys_are_untouched() {
-        let limits = Limits::new(&config::Limits { calls_per_second: 1, watches_max: 2, ..config::Limits::default() });
+        let limits = Limits::new(&config::Limits {
+            calls_per_second: 1,
+            watches_max: 2,
+            ..config::Limits::default()
+        });
         let (a, b) = (PublicKey([1; 32]), PublicKey([2; 32]));
         for _ in 0..4 {
             limits.call(a).unwrap();
@@ -165,7 +190,10 @@ mod tests {
 
     #[test]
     fn watches_are_counted_until_dropped() {
-        let limits = Limits::new(&config::Limits { watches_max: 1, ..config::Limits::default() });
+        let limits = Limits::new(&config::Limits {
+            watches_max: 1,
+            ..config::Limits::default()
+        });
         let key = PublicKey([1; 32]);
         let slot = limits.watch(key).unwrap();
         assert!(limits.watch(key).is_err());

@@ -156,7 +156,12 @@ impl Shared {
 /// Runs until the daemon stops, or until a commit fails: what the controller believes is then ahead of the disk, and
 /// only a restart mends that.
 pub(crate) async fn run(shared: Arc<Shared>, mut queue: mpsc::Receiver<Input>) -> Result<(), StoreError> {
-    let mut state = Loop { shared: shared.clone(), lines: HashMap::new(), asked: HashMap::new(), next_request: 1 };
+    let mut state = Loop {
+        shared: shared.clone(),
+        lines: HashMap::new(),
+        asked: HashMap::new(),
+        next_request: 1,
+    };
     let mut first = Some(Event::Started);
     let mut wake = Instant::now();
     let mut batch = Vec::with_capacity(BATCH_MAX);
@@ -188,7 +193,9 @@ pub(crate) async fn run(shared: Arc<Shared>, mut queue: mpsc::Receiver<Input>) -
         }
         wake = Instant::now() + due.min(TICK);
     }
-    let goodbye = FromScheduler::Goodbye { reason: "the scheduler stops; it will be back".into() };
+    let goodbye = FromScheduler::Goodbye {
+        reason: "the scheduler stops; it will be back".into(),
+    };
     for (_, line) in state.lines.values() {
         let _ = line.outbox.try_send(Ok(goodbye.clone().into()));
     }
@@ -207,7 +214,11 @@ async fn commit(writer: &Writer, effects: Vec<Effect>) -> Result<Vec<Effect>, St
         };
         let size = changes.iter().map(size_of).sum::<usize>();
         if !ops.is_empty() && bytes + size > TRANSACTION_BYTES {
-            writer.commit(Transaction { ops: std::mem::take(&mut ops) }).await?;
+            writer
+                .commit(Transaction {
+                    ops: std::mem::take(&mut ops),
+                })
+                .await?;
             bytes = 0;
         }
         bytes += size;
@@ -280,7 +291,9 @@ impl Loop {
             // Written before.
             Effect::Persist(_) => {}
             Effect::Send(node, said) => {
-                let Some((_, line)) = self.lines.get(&node) else { return };
+                let Some((_, line)) = self.lines.get(&node) else {
+                    return;
+                };
                 if line.outbox.try_send(Ok(said.into())).is_err() {
                     // The session's own task notices that its line was cut, and says so: then the node is gone.
                     tracing::warn!(node = %node.short(), "reads too slowly or is gone: its session is cut");
@@ -306,7 +319,10 @@ impl Loop {
         if let Some((_, line)) = self.lines.get_mut(&node) {
             let (dead, _) = mpsc::channel(1);
             let (alive, _) = oneshot::channel();
-            *line = Line { outbox: dead, _alive: alive };
+            *line = Line {
+                outbox: dead,
+                _alive: alive,
+            };
         }
     }
 }
@@ -322,7 +338,10 @@ impl Clock {
 
     pub(crate) fn now(&self) -> Now {
         let mono = u64::try_from(self.0.elapsed().as_millis()).unwrap_or(u64::MAX);
-        Now { utc: utc_now(), mono: MonoMillis(mono) }
+        Now {
+            utc: utc_now(),
+            mono: MonoMillis(mono),
+        }
     }
 }
 
@@ -333,7 +352,10 @@ pub(crate) struct Watchers(Mutex<HashMap<JobId, watch::Sender<()>>>);
 impl Watchers {
     /// Sees every change from now on; several that come quickly may be seen as one.
     pub(crate) fn subscribe(&self, job: JobId) -> watch::Receiver<()> {
-        lock(&self.0).entry(job).or_insert_with(|| watch::channel(()).0).subscribe()
+        lock(&self.0)
+            .entry(job)
+            .or_insert_with(|| watch::channel(()).0)
+            .subscribe()
     }
 
     fn changed(&self, job: JobId) {
@@ -366,10 +388,19 @@ impl Members {
 }
 
 /// Every artifact some node's offer names as cached.
-pub(crate) fn cached_somewhere(controller: &Controller, wanted: &BTreeSet<karez_core::id::Digest>) -> BTreeSet<karez_core::id::Digest> {
+pub(crate) fn cached_somewhere(
+    controller: &Controller,
+    wanted: &BTreeSet<karez_core::id::Digest>,
+) -> BTreeSet<karez_core::id::Digest> {
     let mut found = BTreeSet::new();
     for status in controller.offers() {
-        found.extend(status.offer.cached.iter().filter(|digest| wanted.contains(*digest)));
+        found.extend(
+            status
+                .offer
+                .cached
+                .iter()
+                .filter(|digest| wanted.contains(*digest)),
+        );
     }
     found
 }

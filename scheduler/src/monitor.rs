@@ -15,14 +15,22 @@ const KEEPALIVE: Duration = Duration::from_secs(20);
 
 /// The certificate, when one is configured.
 pub(crate) fn identity(config: &Config, dir: &Path) -> Result<Option<Identity>, DaemonError> {
-    let config::Monitor { certificate: Some(certificate), key: Some(key), .. } = &config.monitor else {
+    let config::Monitor {
+        certificate: Some(certificate),
+        key: Some(key),
+        ..
+    } = &config.monitor
+    else {
         return Ok(None);
     };
     let read = |path: &Path, setting| {
         let path = dir.join(path);
         fs::read(&path).map_err(|error| DaemonError::File { path, setting, error })
     };
-    Ok(Some(Identity::from_pem(read(certificate, "monitor.certificate")?, read(key, "monitor.key")?)))
+    Ok(Some(Identity::from_pem(
+        read(certificate, "monitor.certificate")?,
+        read(key, "monitor.key")?,
+    )))
 }
 
 /// Serves until the daemon stops.
@@ -31,10 +39,18 @@ pub(crate) async fn serve(
     listener: TcpListener,
     identity: Option<Identity>,
 ) -> Result<(), DaemonError> {
-    let addr = listener.local_addr().unwrap_or(SocketAddr::from(([0, 0, 0, 0], 0)));
-    let failed = |why: String| DaemonError::Serve { what: "monitor", addr, why };
+    let addr = listener
+        .local_addr()
+        .unwrap_or(SocketAddr::from(([0, 0, 0, 0], 0)));
+    let failed = |why: String| DaemonError::Serve {
+        what: "monitor",
+        addr,
+        why,
+    };
     let (health, health_service) = tonic_health::server::health_reporter();
-    health.set_serving::<ControlServer<crate::service::Service>>().await;
+    health
+        .set_serving::<ControlServer<crate::service::Service>>()
+        .await;
     let reflection = || {
         tonic_reflection::server::Builder::configure()
             .register_encoded_file_descriptor_set(karez_proto::DESCRIPTORS)
@@ -56,7 +72,10 @@ pub(crate) async fn serve(
         .add_service(health_service)
         .add_service(v1)
         .add_service(v1alpha)
-        .serve_with_incoming_shutdown(TcpListenerStream::new(listener), async move { shared.stopped().await })
+        .serve_with_incoming_shutdown(
+            TcpListenerStream::new(listener),
+            async move { shared.stopped().await },
+        )
         .await
         .map_err(|e| failed(e.to_string()))
 }

@@ -60,12 +60,22 @@ impl Book {
     /// The schedulers heard of lately.
     pub(crate) fn views(&self, now: Now) -> Vec<wire::SchedulerView> {
         let book = lock(&self.0);
-        let recent = book.iter().filter(|(_, heard)| now.mono.since(heard.at.mono) < SUMMARY_TTL);
+        let recent = book
+            .iter()
+            .filter(|(_, heard)| now.mono.since(heard.at.mono) < SUMMARY_TTL);
         recent
             .map(|(key, heard)| wire::SchedulerView {
                 scheduler: key.0.to_vec(),
-                nodes: heard.summary.classes.iter().fold(0, |sum, c| sum.saturating_add(c.nodes)),
-                free: heard.summary.classes.iter().fold(0, |sum, c| sum.saturating_add(c.free)),
+                nodes: heard
+                    .summary
+                    .classes
+                    .iter()
+                    .fold(0, |sum, c| sum.saturating_add(c.nodes)),
+                free: heard
+                    .summary
+                    .classes
+                    .iter()
+                    .fold(0, |sum, c| sum.saturating_add(c.free)),
                 heard_at: heard.at.utc.0,
             })
             .collect()
@@ -84,7 +94,9 @@ pub(crate) async fn listen(shared: Arc<Shared>, mut events: mpsc::Receiver<PeerE
             None => return,
             Some(PeerEvent::Offer { from, bytes, answer }) => {
                 // Dropping the answer says "busy".
-                let Ok(permit) = room.clone().try_acquire_owned() else { continue };
+                let Ok(permit) = room.clone().try_acquire_owned() else {
+                    continue;
+                };
                 let shared = shared.clone();
                 tokio::spawn(async move {
                     let _permit = permit;
@@ -96,7 +108,9 @@ pub(crate) async fn listen(shared: Arc<Shared>, mut events: mpsc::Receiver<PeerE
             Some(PeerEvent::Summary { from, bytes, verdict }) => {
                 let judged = match Signed::<Summary>::open(&bytes) {
                     Ok(summary) if summary.scheduler.0 == shared.id => Verdict::Ignore,
-                    Ok(summary) if summary.scheduler.0 == from => shared.peers.hear(shared.clock.now(), summary),
+                    Ok(summary) if summary.scheduler.0 == from => {
+                        shared.peers.hear(shared.clock.now(), summary)
+                    }
                     Ok(_) => Verdict::Reject,
                     Err(error) => {
                         tracing::debug!(from = %from.short(), %error, "a summary was rejected");
@@ -114,11 +128,16 @@ pub(crate) async fn listen(shared: Arc<Shared>, mut events: mpsc::Receiver<PeerE
 
 async fn judge(shared: &Shared, from: PublicKey, bytes: &[u8]) -> Option<Answer> {
     match Signed::<Offer>::open(bytes) {
-        Ok(offer) => match shared.ask(move |request| Event::Offer { request, from, offer }).await? {
+        Ok(offer) => match shared
+            .ask(move |request| Event::Offer { request, from, offer })
+            .await?
+        {
             Reply::OfferTaken => Some(Answer::Accepted),
             Reply::Refused(denial) => {
                 tracing::info!(node = %from.short(), %denial, "an offer was refused");
-                Some(Answer::Refused { reason: denial.to_string() })
+                Some(Answer::Refused {
+                    reason: denial.to_string(),
+                })
             }
             _ => None,
         },
@@ -126,7 +145,9 @@ async fn judge(shared: &Shared, from: PublicKey, bytes: &[u8]) -> Option<Answer>
             shared.count_refused_offer().await;
             let error: RecordError = error;
             tracing::info!(node = %from.short(), %error, "an offer was refused");
-            Some(Answer::Refused { reason: error.to_string() })
+            Some(Answer::Refused {
+                reason: error.to_string(),
+            })
         }
     }
 }
@@ -147,7 +168,9 @@ pub(crate) async fn announce(shared: Arc<Shared>, peer: Peer) {
         let (entries, head) = shared.writer.head();
         // Rises over restarts as well, as long as the clock does.
         let UtcMillis(sequence) = now.utc;
-        let summary = shared.look(|c| c.summary(now, sequence, entries, head, addrs.clone())).await;
+        let summary = shared
+            .look(|c| c.summary(now, sequence, entries, head, addrs.clone()))
+            .await;
         let news = last.as_ref().is_none_or(|(classes, known, at)| {
             at.elapsed() >= every || *known != entries || *classes != summary.classes
         });
@@ -186,7 +209,10 @@ mod tests {
     }
 
     fn at(ms: u64) -> Now {
-        Now { utc: UtcMillis(1_000_000 + ms), mono: MonoMillis(ms) }
+        Now {
+            utc: UtcMillis(1_000_000 + ms),
+            mono: MonoMillis(ms),
+        }
     }
 
     #[test]
@@ -197,7 +223,11 @@ mod tests {
         assert_eq!(book.hear(at(1), summary(&secret, 5, 1_000_000)), Verdict::Ignore);
         assert_eq!(book.hear(at(1), summary(&secret, 4, 1_000_000)), Verdict::Ignore);
         assert_eq!(book.hear(at(2), summary(&secret, 6, 1_000_000)), Verdict::Accept);
-        assert_eq!(book.hear(at(2), summary(&secret, 7, 9_000_000)), Verdict::Ignore, "from the future");
+        assert_eq!(
+            book.hear(at(2), summary(&secret, 7, 9_000_000)),
+            Verdict::Ignore,
+            "from the future"
+        );
         assert_eq!(book.views(at(3)).len(), 1);
         assert!(book.views(at(100_000)).is_empty());
     }

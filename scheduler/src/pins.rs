@@ -16,7 +16,11 @@ pub(crate) struct Pins {
 
 impl Pins {
     pub(crate) fn new(store: ArtifactStore) -> Self {
-        Self { store, held: Mutex::default(), changed: Mutex::default() }
+        Self {
+            store,
+            held: Mutex::default(),
+            changed: Mutex::default(),
+        }
     }
 
     /// Keeps `artifacts` for `job`, those that are here. Pinned before the job is known, so that no gap is left.
@@ -59,7 +63,11 @@ impl Pins {
     pub(crate) async fn sweep(&self, shared: &Shared) {
         let changed = std::mem::take(&mut *lock(&self.changed));
         for job in changed {
-            if shared.look(|c| c.job(&job)).await.is_none_or(|view| view.state.ended()) {
+            if shared
+                .look(|c| c.job(&job))
+                .await
+                .is_none_or(|view| view.state.ended())
+            {
                 self.release(&job);
             }
         }
@@ -75,5 +83,8 @@ impl Pins {
 
 fn needs(job: &JobView) -> impl Iterator<Item = ArtifactRef> {
     let results = job.parts.iter().filter_map(|part| part.result);
-    [job.order.input].into_iter().chain(job.order.work.model().copied()).chain(results)
+    [job.order.input]
+        .into_iter()
+        .chain(job.order.work.model().copied())
+        .chain(results)
 }

@@ -87,7 +87,9 @@ impl Service {
 
     /// The books must have room before somebody is promised something.
     fn room_on_disk(&self) -> Result<(), Status> {
-        let Ok(disk) = rustix::fs::statvfs(&self.0.dir) else { return Ok(()) };
+        let Ok(disk) = rustix::fs::statvfs(&self.0.dir) else {
+            return Ok(());
+        };
         let free = disk.f_bavail.saturating_mul(disk.f_frsize);
         if free >= FREE_BYTES_MIN {
             return Ok(());
@@ -102,7 +104,10 @@ impl Service {
 
     /// Input and model must be where nodes can fetch them.
     async fn artifacts_are_held(&self, order: &Order) -> Result<(), Status> {
-        let wanted: Vec<ArtifactRef> = [order.input].into_iter().chain(order.work.model().copied()).collect();
+        let wanted: Vec<ArtifactRef> = [order.input]
+            .into_iter()
+            .chain(order.work.model().copied())
+            .collect();
         let missing: Vec<&ArtifactRef> = wanted.iter().filter(|a| !self.0.store.contains(a)).collect();
         if missing.is_empty() {
             return Ok(());
@@ -141,9 +146,17 @@ impl Service {
         }
         self.room_on_disk()?;
         self.artifacts_are_held(&order).await?;
-        shared.pins.keep(job, [order.input].into_iter().chain(order.work.model().copied()));
+        shared
+            .pins
+            .keep(job, [order.input].into_iter().chain(order.work.model().copied()));
         let reply = shared
-            .ask(move |request| Event::Submit { request, caller, order, label, wait })
+            .ask(move |request| Event::Submit {
+                request,
+                caller,
+                order,
+                label,
+                wait,
+            })
             .await;
         match reply {
             Some(Reply::Submitted(job)) => Ok(job),
@@ -165,21 +178,37 @@ impl Control for Service {
         let caller = self.caller(&request)?;
         self.0.limits.join()?;
         self.room_on_disk()?;
-        let wire::JoinRequest { invitation, name, role, institution } = request.into_inner();
+        let wire::JoinRequest {
+            invitation,
+            name,
+            role,
+            institution,
+        } = request.into_inner();
         let by = if invitation.is_empty() {
             if self.0.config.admission.mode == Mode::Invited {
                 return Err(denied(&Denial::NotAdmitted(caller)));
             }
             JoinBy::Open {
                 role: role.parse().map_err(Status::invalid_argument)?,
-                institution: institution.parse().map_err(|e| Status::invalid_argument(format!("{e}")))?,
+                institution: institution
+                    .parse()
+                    .map_err(|e| Status::invalid_argument(format!("{e}")))?,
             }
         } else {
-            let invitation = invite::decode(&invitation).map_err(|e| Status::invalid_argument(e.to_string()))?;
+            let invitation =
+                invite::decode(&invitation).map_err(|e| Status::invalid_argument(e.to_string()))?;
             JoinBy::Invitation(invitation)
         };
         let name = clean(&name, translate::NAME_MAX);
-        let reply = self.0.ask(move |request| Event::Join { request, caller, name, by }).await;
+        let reply = self
+            .0
+            .ask(move |request| Event::Join {
+                request,
+                caller,
+                name,
+                by,
+            })
+            .await;
         match reply {
             Some(Reply::Joined(member, credits)) => {
                 self.0.members.admit(caller, member.role);
@@ -203,26 +232,39 @@ impl Control for Service {
         let caller = self.member(&request)?;
         let wire::SubmitRequest { order, label, wait } = request.into_inner();
         let order = Signed::open(&order).map_err(|e| Status::invalid_argument(e.to_string()))?;
-        let job = self.submit_order(caller, order, clean(&label, LABEL_MAX), wait).await?;
+        let job = self
+            .submit_order(caller, order, clean(&label, LABEL_MAX), wait)
+            .await?;
         let view = self.view(job).await?;
-        Ok(Response::new(wire::SubmitReply { job: job.0.0.to_vec(), view: Some(view) }))
+        Ok(Response::new(wire::SubmitReply {
+            job: job.0.0.to_vec(),
+            view: Some(view),
+        }))
     }
 
     async fn jobs(&self, request: Request<wire::JobsRequest>) -> Answer<wire::JobsReply> {
         let caller = self.member(&request)?;
         let wire::JobsRequest { all, limit, everyone } = request.into_inner();
         if everyone && !self.operator(caller) {
-            return Err(Status::permission_denied("only the scheduler's operator sees everyone's jobs: list your own"));
+            return Err(Status::permission_denied(
+                "only the scheduler's operator sees everyone's jobs: list your own",
+            ));
         }
         let user = if everyone { None } else { Some(UserId(caller)) };
-        let limit = if limit == 0 { 100 } else { (limit as usize).min(JOBS_LISTED_MAX) };
+        let limit = if limit == 0 {
+            100
+        } else {
+            (limit as usize).min(JOBS_LISTED_MAX)
+        };
         let views = self.0.look(|c| c.jobs(user, all, limit)).await;
         // A listing shows jobs; their parts are for `Job` and `Watch`.
         let brief = |mut view: karez_core::controller::JobView| {
             view.parts.clear();
             wire::JobView::from(view)
         };
-        Ok(Response::new(wire::JobsReply { jobs: views.into_iter().map(brief).collect() }))
+        Ok(Response::new(wire::JobsReply {
+            jobs: views.into_iter().map(brief).collect(),
+        }))
     }
 
     async fn job(&self, request: Request<wire::JobRequest>) -> Answer<wire::JobView> {
@@ -241,7 +283,11 @@ impl Control for Service {
     async fn cancel(&self, request: Request<wire::JobRequest>) -> Answer<wire::JobView> {
         let caller = self.member(&request)?;
         let job = self.find(caller, &request.get_ref().job).await?;
-        match self.0.ask(move |request| Event::Cancel { request, caller, job }).await {
+        match self
+            .0
+            .ask(move |request| Event::Cancel { request, caller, job })
+            .await
+        {
             Some(Reply::Cancelled(job)) => self.view(job).await.map(Response::new),
             other => Err(unexpected(other)),
         }
@@ -251,7 +297,9 @@ impl Control for Service {
         let caller = self.member(&request)?;
         let job = self.find(caller, &request.get_ref().job).await?;
         let lines = self.0.look(|c| c.logs(&job)).await;
-        Ok(Response::new(wire::LogsReply { entries: lines.into_iter().map(Into::into).collect() }))
+        Ok(Response::new(wire::LogsReply {
+            entries: lines.into_iter().map(Into::into).collect(),
+        }))
     }
 
     async fn explain(&self, request: Request<wire::ExplainRequest>) -> Answer<wire::ExplainReply> {
@@ -259,7 +307,8 @@ impl Control for Service {
         let now = self.0.clock.now();
         let wire::ExplainRequest { job, order } = request.into_inner();
         let (explanation, job) = if job.is_empty() {
-            let order: Verified<Order> = Signed::open(&order).map_err(|e| Status::invalid_argument(e.to_string()))?;
+            let order: Verified<Order> =
+                Signed::open(&order).map_err(|e| Status::invalid_argument(e.to_string()))?;
             if order.user.0 != caller {
                 return Err(denied(&Denial::Order("is not yours: explain your own".into())));
             }
@@ -268,7 +317,8 @@ impl Control for Service {
             let id = self.find(caller, &job).await?;
             self.0.look(|c| (c.explain_job(now, &id), c.job(&id))).await
         };
-        let mut explanation = explanation.ok_or_else(|| denied(&Denial::NoJob("(forgotten by now)".into())))?;
+        let mut explanation =
+            explanation.ok_or_else(|| denied(&Denial::NoJob("(forgotten by now)".into())))?;
         explanation.candidates.truncate(CANDIDATES_MAX);
         let mut reply = wire::ExplainReply::from(explanation);
         reply.job = job.map(session::view_of);
@@ -279,7 +329,9 @@ impl Control for Service {
         self.member(&request)?;
         let mut offers = self.0.look(|c| c.offers()).await;
         offers.truncate(OFFERS_MAX);
-        Ok(Response::new(wire::OffersReply { offers: offers.into_iter().map(Into::into).collect() }))
+        Ok(Response::new(wire::OffersReply {
+            offers: offers.into_iter().map(Into::into).collect(),
+        }))
     }
 
     async fn models(&self, request: Request<wire::ModelsRequest>) -> Answer<wire::ModelsReply> {
@@ -298,16 +350,32 @@ impl Control for Service {
         let caller = self.member(&request)?;
         let model = request.into_inner().model.unwrap_or_default();
         let artifact = translate::artifact("model", model.artifact).map_err(|e| malformed(&e))?;
-        let cached = async || !self.0.look(|c| cached_somewhere(c, &BTreeSet::from([artifact.digest]))).await.is_empty();
+        let cached = async || {
+            !self
+                .0
+                .look(|c| cached_somewhere(c, &BTreeSet::from([artifact.digest])))
+                .await
+                .is_empty()
+        };
         if !self.0.store.contains(&artifact) && !cached().await {
             return Err(Status::not_found(format!(
                 "the model {artifact} is neither in this scheduler's store nor with any node: bring it with `karez artifact add`"
             )));
         }
         self.room_on_disk()?;
-        let named = Named { artifact, format: model.format, licence: model.licence, by: caller };
+        let named = Named {
+            artifact,
+            format: model.format,
+            licence: model.licence,
+            by: caller,
+        };
         let operator = self.operator(caller);
-        match self.0.catalogue.name(&self.0.writer, model.name, named, operator).await {
+        match self
+            .0
+            .catalogue
+            .name(&self.0.writer, model.name, named, operator)
+            .await
+        {
             Ok(()) => Ok(Response::new(wire::NameModelReply {})),
             Err(error) => Err(match &error {
                 NameError::Name(_) | NameError::Format(_) | NameError::Licence(_) => {
@@ -329,14 +397,21 @@ impl Control for Service {
             .look(|c| {
                 let mut accounts = Vec::new();
                 match c.member(&caller) {
-                    Some(m) if m.role == Role::Node => accounts.push(Account::Institution(m.institution.clone())),
+                    Some(m) if m.role == Role::Node => {
+                        accounts.push(Account::Institution(m.institution.clone()))
+                    }
                     Some(_) => accounts.push(Account::User(UserId(caller))),
                     None => {}
                 }
                 if all {
                     let public = |a: &Account| matches!(a, Account::Federation | Account::Institution(_));
                     let others = c.accounts().iter().map(|(account, _)| account);
-                    accounts.extend(others.filter(|a| operator || public(a)).take(ACCOUNTS_MAX).cloned());
+                    accounts.extend(
+                        others
+                            .filter(|a| operator || public(a))
+                            .take(ACCOUNTS_MAX)
+                            .cloned(),
+                    );
                     accounts.sort();
                     accounts.dedup();
                 }
@@ -350,7 +425,9 @@ impl Control for Service {
     async fn ledger(&self, request: Request<wire::LedgerRequest>) -> Answer<Self::LedgerStream> {
         self.member(&request)?;
         if request.get_ref().from != 0 {
-            return Err(Status::invalid_argument("an export begins at entry 0: a part of a ledger proves nothing"));
+            return Err(Status::invalid_argument(
+                "an export begins at entry 0: a part of a ledger proves nothing",
+            ));
         }
         let permit = self.0.limits.export()?;
         Ok(Response::new(session::ledger(self.0.clone(), permit)))
@@ -359,8 +436,9 @@ impl Control for Service {
     async fn status(&self, request: Request<wire::StatusRequest>) -> Answer<wire::StatusReply> {
         self.caller(&request)?;
         let shared = &self.0;
-        let (nodes, jobs_open, offers_refused) =
-            shared.look(|c| (c.offers().len(), c.jobs_open(), c.offers_refused())).await;
+        let (nodes, jobs_open, offers_refused) = shared
+            .look(|c| (c.offers().len(), c.jobs_open(), c.offers_refused()))
+            .await;
         let (ledger_entries, ledger_head) = shared.writer.head();
         Ok(Response::new(wire::StatusReply {
             scheduler: shared.id.0.to_vec(),
@@ -385,7 +463,9 @@ fn denied(denial: &Denial) -> Status {
         Denial::NotAdmitted(_) => Status::unauthenticated(text),
         Denial::WrongRole { .. } => Status::permission_denied(text),
         Denial::Invitation(_) | Denial::Offer(_) | Denial::Order(_) => Status::invalid_argument(text),
-        Denial::Budget { .. } | Denial::Unplaceable(_) | Denial::Ledger(_) => Status::failed_precondition(text),
+        Denial::Budget { .. } | Denial::Unplaceable(_) | Denial::Ledger(_) => {
+            Status::failed_precondition(text)
+        }
         Denial::Queue { .. } => Status::resource_exhausted(text),
         Denial::NoJob(_) => Status::not_found(text),
     }

@@ -54,7 +54,13 @@ pub(crate) async fn open(
     match role {
         None => return Err(Denial::NotAdmitted(key)),
         Some(Role::Node) => {}
-        Some(is) => return Err(Denial::WrongRole { key, is, needs: Role::Node }),
+        Some(is) => {
+            return Err(Denial::WrongRole {
+                key,
+                is,
+                needs: Role::Node,
+            });
+        }
     }
     let (outbox, outgoing) = mpsc::channel(OUTBOX_MAX);
     tokio::spawn(converse(shared, NodeId(key), incoming, outbox));
@@ -77,7 +83,11 @@ async fn converse(
         }
     };
     let report = match hello {
-        Ok(FromNode::Hello { version, name, report }) => {
+        Ok(FromNode::Hello {
+            version,
+            name,
+            report,
+        }) => {
             tracing::info!(node = %node.short(), %name, %version, leases = report.held.len(), "session");
             report
         }
@@ -98,12 +108,20 @@ async fn converse(
     let _ = outbox.try_send(Ok(welcome.into()));
     let session = shared.session_id();
     let (alive, mut cut) = oneshot::channel::<()>();
-    let line = Line { outbox: outbox.clone(), _alive: alive };
+    let line = Line {
+        outbox: outbox.clone(),
+        _alive: alive,
+    };
     if shared.inputs.send(Input::Up(node, session, line)).await.is_err() {
         return;
     }
     let said = ToScheduler::Report(report);
-    if shared.inputs.send(Input::Heard(node, session, Box::new(said))).await.is_ok() {
+    if shared
+        .inputs
+        .send(Input::Heard(node, session, Box::new(said)))
+        .await
+        .is_ok()
+    {
         let ended = tokio::select! {
             ended = listen(&shared, node, session, &mut incoming) => ended,
             // Replaced, or cut for reading too slowly.
@@ -175,7 +193,12 @@ async fn listen(
         if !result_is_here(shared, node, &said) {
             continue;
         }
-        if shared.inputs.send(Input::Heard(node, session, Box::new(said))).await.is_err() {
+        if shared
+            .inputs
+            .send(Input::Heard(node, session, Box::new(said)))
+            .await
+            .is_err()
+        {
             return Ended::Cut;
         }
     }
@@ -184,8 +207,12 @@ async fn listen(
 /// A usage is taken once its result lies in this scheduler's store: billing what nobody can fetch helps nobody. The
 /// node repeats it. The result is pinned, so that it is still here when its user comes.
 fn result_is_here(shared: &Shared, node: NodeId, said: &ToScheduler) -> bool {
-    let ToScheduler::Finished(finished) = said else { return true };
-    let Some(result) = finished.usage.result else { return true };
+    let ToScheduler::Finished(finished) = said else {
+        return true;
+    };
+    let Some(result) = finished.usage.result else {
+        return true;
+    };
     let lease = finished.lease.key();
     if !shared.store.contains(&result) {
         tracing::info!(node = %node.short(), %lease, %result, "the result has not arrived yet: the usage waits");
@@ -203,7 +230,10 @@ struct Pace {
 
 impl Pace {
     fn new() -> Self {
-        Self { tokens: MESSAGES_BURST, at: Instant::now() }
+        Self {
+            tokens: MESSAGES_BURST,
+            at: Instant::now(),
+        }
     }
 
     async fn keep(&mut self) {
@@ -266,7 +296,13 @@ pub(crate) fn ledger(shared: Arc<Shared>, permit: tokio::sync::OwnedSemaphorePer
     let (outbox, outgoing) = mpsc::channel(4);
     tokio::task::spawn_blocking(move || {
         let _permit = permit;
-        let mut chunks = io::BufWriter::with_capacity(CHUNK_BYTES, Chunks { shared: shared.clone(), outbox });
+        let mut chunks = io::BufWriter::with_capacity(
+            CHUNK_BYTES,
+            Chunks {
+                shared: shared.clone(),
+                outbox,
+            },
+        );
         let created = shared.clock.now().utc;
         let done = export(&mut chunks, &shared.secret, created, shared.writer.entries(0))
             .map_err(|e| e.to_string())
@@ -289,7 +325,9 @@ impl io::Write for Chunks {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         // One long line may come in one piece: cut it, so that no message meets the cap.
         let bytes = &bytes[..bytes.len().min(CHUNK_BYTES)];
-        let mut chunk = Ok(wire::LedgerChunk { bytes: bytes.to_vec() });
+        let mut chunk = Ok(wire::LedgerChunk {
+            bytes: bytes.to_vec(),
+        });
         let since = Instant::now();
         loop {
             match self.outbox.try_send(chunk) {

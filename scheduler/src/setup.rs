@@ -138,12 +138,21 @@ pub fn init(dir: &Path, options: &InitOptions) -> Result<Created, SetupError> {
         let path = path.to_owned();
         move |error| SetupError::Io { path, error }
     };
-    fs::DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(io(dir))?;
+    fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(dir)
+        .map_err(io(dir))?;
     // The configuration comes last: a directory with one is complete.
     let secret = identity::load_or_create(&dir.join(KEY_FILE), "scheduler")?;
     let mut out = fs::File::create_new(&file).map_err(io(&file))?;
-    out.write_all(text.as_bytes()).and_then(|()| out.sync_all()).map_err(io(&file))?;
-    Ok(Created { id: SchedulerId(PublicKey::of(&secret)), config: file })
+    out.write_all(text.as_bytes())
+        .and_then(|()| out.sync_all())
+        .map_err(io(&file))?;
+    Ok(Created {
+        id: SchedulerId(PublicKey::of(&secret)),
+        config: file,
+    })
 }
 
 /// Signs an invitation with the key in `dir`; the scheduler need not run. Gives the text to paste.
@@ -152,7 +161,10 @@ pub fn invite(dir: &Path, options: &InviteOptions) -> Result<String, SetupError>
     let secret = load_key(dir)?;
     let id = SchedulerId(PublicKey::of(&secret));
     if options.uses == 0 {
-        return Err(SetupError::Option { what: "uses", why: "must be at least 1".into() });
+        return Err(SetupError::Option {
+            what: "uses",
+            why: "must be at least 1".into(),
+        });
     }
     if options.role == Role::Node && options.credits != Credits::ZERO {
         return Err(SetupError::Option {
@@ -168,7 +180,10 @@ pub fn invite(dir: &Path, options: &InviteOptions) -> Result<String, SetupError>
     let expires_at = UtcMillis(utc_now().0.saturating_add(valid));
     let invitation = Invitation {
         scheduler: id,
-        institution: options.institution.clone().unwrap_or_else(|| config.institution.clone()),
+        institution: options
+            .institution
+            .clone()
+            .unwrap_or_else(|| config.institution.clone()),
         role: options.role,
         control_addr: config.control.advertise.clone(),
         peer_addrs: peer_addrs(&config, id),
@@ -178,8 +193,10 @@ pub fn invite(dir: &Path, options: &InviteOptions) -> Result<String, SetupError>
         expires_at,
     };
     // Reading it back finds every limit that the reader would find.
-    Invitation::from_wire(invitation.to_wire())
-        .map_err(|e| SetupError::Option { what: "the invitation", why: format!("cannot be made: {e}") })?;
+    Invitation::from_wire(invitation.to_wire()).map_err(|e| SetupError::Option {
+        what: "the invitation",
+        why: format!("cannot be made: {e}"),
+    })?;
     Ok(invite::encode(&Signed::sign(invitation, &secret)))
 }
 
@@ -190,16 +207,29 @@ pub(crate) fn load_key(dir: &Path) -> Result<SecretKey, IdentityError> {
 
 /// The multiaddresses others are told, each with the scheduler's libp2p id.
 pub(crate) fn peer_addrs(config: &Config, id: SchedulerId) -> Vec<String> {
-    let Ok(peer_id) = identity::to_peer_id(id.0) else { return Vec::new() };
+    let Ok(peer_id) = identity::to_peer_id(id.0) else {
+        return Vec::new();
+    };
     let known = if config.peer.advertise.is_empty() {
         // An address that listens everywhere can be dialled nowhere.
-        config.peer.listen.iter().filter(|a| !a.contains("/0.0.0.0/") && !a.contains("/ip6/::/")).collect()
+        config
+            .peer
+            .listen
+            .iter()
+            .filter(|a| !a.contains("/0.0.0.0/") && !a.contains("/ip6/::/"))
+            .collect()
     } else {
         config.peer.advertise.iter().collect::<Vec<_>>()
     };
     known
         .into_iter()
-        .map(|addr| if addr.contains("/p2p/") { addr.clone() } else { format!("{addr}/p2p/{peer_id}") })
+        .map(|addr| {
+            if addr.contains("/p2p/") {
+                addr.clone()
+            } else {
+                format!("{addr}/p2p/{peer_id}")
+            }
+        })
         .collect()
 }
 
@@ -209,7 +239,15 @@ pub(crate) fn utc_now() -> UtcMillis {
 }
 
 fn template(options: &InitOptions) -> String {
-    let InitOptions { host, listen, control_port, peer_port, artifact_port, monitor_port, .. } = options;
+    let InitOptions {
+        host,
+        listen,
+        control_port,
+        peer_port,
+        artifact_port,
+        monitor_port,
+        ..
+    } = options;
     let quoted = |text: &str| toml::Value::String(text.to_owned()).to_string();
     let reached = |port: &u16| match host.parse::<IpAddr>() {
         Ok(ip) => SocketAddr::new(ip, *port).to_string(),
@@ -308,7 +346,10 @@ mod tests {
         let dir = temp.path().join("deep/scheduler");
         let options = InitOptions::new("uni-nairobi".parse().unwrap(), "karez.example.org");
         let created = init(&dir, &options).unwrap();
-        assert_eq!(fs::metadata(dir.join(KEY_FILE)).unwrap().permissions().mode() & 0o777, 0o600);
+        assert_eq!(
+            fs::metadata(dir.join(KEY_FILE)).unwrap().permissions().mode() & 0o777,
+            0o600
+        );
         assert!(matches!(init(&dir, &options), Err(SetupError::Exists { .. })));
 
         let ask = InviteOptions {
@@ -322,16 +363,37 @@ mod tests {
         assert_eq!(invitation.scheduler, created.id);
         assert_eq!(invitation.institution.as_str(), "uni-nairobi");
         assert_eq!(invitation.control_addr, "karez.example.org:7400");
-        assert!(invitation.peer_addrs[0].starts_with("/dns/karez.example.org/tcp/7401/p2p/12D3"), "{invitation:?}");
+        assert!(
+            invitation.peer_addrs[0].starts_with("/dns/karez.example.org/tcp/7401/p2p/12D3"),
+            "{invitation:?}"
+        );
         assert_eq!((invitation.uses_max, invitation.credits), (3, Credits(2_500_000)));
 
-        let node = invite(&dir, &InviteOptions { role: Role::Node, ..ask.clone() }).unwrap_err();
+        let node = invite(
+            &dir,
+            &InviteOptions {
+                role: Role::Node,
+                ..ask.clone()
+            },
+        )
+        .unwrap_err();
         assert!(node.to_string().contains("a node earns"), "{node}");
         assert!(invite(&dir, &InviteOptions { uses: 0, ..ask }).is_err());
-        assert!(invite(temp.path(), &InviteOptions { role: Role::Node, institution: None, credits: Credits::ZERO, valid: Duration::from_secs(1), uses: 1 })
+        assert!(
+            invite(
+                temp.path(),
+                &InviteOptions {
+                    role: Role::Node,
+                    institution: None,
+                    credits: Credits::ZERO,
+                    valid: Duration::from_secs(1),
+                    uses: 1
+                }
+            )
             .unwrap_err()
             .to_string()
-            .contains("karez scheduler init"));
+            .contains("karez scheduler init")
+        );
     }
 
     #[test]

@@ -5,8 +5,8 @@ use karez_core::{
     id::{Digest, LeaseKey},
     key::{NodeId, PublicKey, SecretKey, UserId},
     records::{
-        Constraints, Device, Engine, Invitation, Lease, MeterReading, Meters, NodeState, Offer, Order, Outcome, Role, Signed,
-        Usage, Verified, Work, WorkKind,
+        Constraints, Device, Engine, Invitation, Lease, MeterReading, Meters, NodeState, Offer, Order,
+        Outcome, Role, Signed, Usage, Verified, Work, WorkKind,
     },
     translate::{FromNode, FromScheduler},
     unit::{Bytes, Credits, DeviceMillis, Millis, MonoMillis, Rate, Speed, UtcMillis},
@@ -66,13 +66,31 @@ async fn client(daemon: &Daemon, secret: &SecretKey) -> Client {
 }
 
 fn invitation(dir: &Path, role: Role) -> String {
-    let credits = if role == Role::User { Credits(5_000_000) } else { Credits::ZERO };
-    invite(dir, &InviteOptions { role, institution: None, credits, valid: Duration::from_secs(600), uses: 1 }).unwrap()
+    let credits = if role == Role::User {
+        Credits(5_000_000)
+    } else {
+        Credits::ZERO
+    };
+    invite(
+        dir,
+        &InviteOptions {
+            role,
+            institution: None,
+            credits,
+            valid: Duration::from_secs(600),
+            uses: 1,
+        },
+    )
+    .unwrap()
 }
 
 async fn join(client: &mut Client, dir: &Path, role: Role) -> wire::JoinReply {
     let invitation = invitation(dir, role);
-    let request = wire::JoinRequest { invitation, name: "me".into(), ..Default::default() };
+    let request = wire::JoinRequest {
+        invitation,
+        name: "me".into(),
+        ..Default::default()
+    };
     client.join(request).await.unwrap().into_inner()
 }
 
@@ -106,18 +124,35 @@ impl Hands {
         let store = ArtifactStore::open(dir, Bytes(1 << 26)).unwrap();
         let nobody = Arc::new(|_: &PublicKey, _| false);
         let transfers = Transfers::bind("127.0.0.1:0".parse().unwrap(), secret, store, nobody).unwrap();
-        Self { transfers, to: Holder { key: daemon.id().0, addrs: vec![daemon.artifact_addr()] } }
+        Self {
+            transfers,
+            to: Holder {
+                key: daemon.id().0,
+                addrs: vec![daemon.artifact_addr()],
+            },
+        }
     }
 
     async fn bring(&self, bytes: &[u8]) -> ArtifactRef {
         let artifact = self.transfers.store().add_bytes(bytes).unwrap();
-        self.transfers.push(artifact, &self.to, unwatched()).await.unwrap();
+        self.transfers
+            .push(artifact, &self.to, unwatched())
+            .await
+            .unwrap();
         artifact
     }
 }
 
-async fn submit(client: &mut Client, order: &Verified<Order>, wait: bool) -> Result<wire::SubmitReply, Status> {
-    let request = wire::SubmitRequest { order: order.encode(), label: "first".into(), wait };
+async fn submit(
+    client: &mut Client,
+    order: &Verified<Order>,
+    wait: bool,
+) -> Result<wire::SubmitReply, Status> {
+    let request = wire::SubmitRequest {
+        order: order.encode(),
+        label: "first".into(),
+        wait,
+    };
     client.submit(request).await.map(tonic::Response::into_inner)
 }
 
@@ -134,36 +169,71 @@ async fn users_join_submit_and_see_only_their_own() {
     let (mut anns, mut bobs) = (client(&daemon, &ann).await, client(&daemon, &bob).await);
 
     // Strangers learn who this is, and nothing else.
-    assert_eq!(anns.status(wire::StatusRequest {}).await.unwrap().into_inner().nodes, 0);
+    assert_eq!(
+        anns.status(wire::StatusRequest {})
+            .await
+            .unwrap()
+            .into_inner()
+            .nodes,
+        0
+    );
     let stranger = anns.jobs(wire::JobsRequest::default()).await.unwrap_err();
     assert_eq!(stranger.code(), Code::Unauthenticated);
     assert!(stranger.message().contains("karez join"), "{stranger}");
-    let open = anns.join(wire::JoinRequest { role: "user".into(), institution: "x1".into(), ..Default::default() }).await;
+    let open = anns
+        .join(wire::JoinRequest {
+            role: "user".into(),
+            institution: "x1".into(),
+            ..Default::default()
+        })
+        .await;
     assert_eq!(open.unwrap_err().code(), Code::Unauthenticated);
     let text = invitation(&dir, Role::User);
-    let cut = wire::JoinRequest { invitation: text[..text.len() - 3].to_owned(), ..Default::default() };
+    let cut = wire::JoinRequest {
+        invitation: text[..text.len() - 3].to_owned(),
+        ..Default::default()
+    };
     let cut = anns.join(cut).await.unwrap_err();
-    assert!(cut.code() == Code::InvalidArgument && cut.message().contains("cut off"), "{cut}");
+    assert!(
+        cut.code() == Code::InvalidArgument && cut.message().contains("cut off"),
+        "{cut}"
+    );
 
     let joined = join(&mut anns, &dir, Role::User).await;
-    assert_eq!((joined.institution.as_str(), joined.credits), ("uni-nairobi", 5_000_000));
+    assert_eq!(
+        (joined.institution.as_str(), joined.credits),
+        ("uni-nairobi", 5_000_000)
+    );
     join(&mut bobs, &dir, Role::User).await;
 
     // The input must be here first.
     let hands = Hands::of(&ann, &daemon, &temp.path().join("a"));
     let missing: ArtifactRef = format!("blob:{}:2", Digest::of(b"x\n")).parse().unwrap();
-    let refused = submit(&mut anns, &order(&daemon, &ann, missing), true).await.unwrap_err();
+    let refused = submit(&mut anns, &order(&daemon, &ann, missing), true)
+        .await
+        .unwrap_err();
     assert_eq!(refused.code(), Code::NotFound);
-    assert!(refused.message().contains(&missing.to_string()) && refused.message().contains("karez artifact add"), "{refused}");
+    assert!(
+        refused.message().contains(&missing.to_string()) && refused.message().contains("karez artifact add"),
+        "{refused}"
+    );
     let input = hands.bring(b"{\"text\":\"a\"}\n{\"text\":\"b\"}\n").await;
     let ordered = order(&daemon, &ann, input);
 
     // No node is known: refused with the reason, unless the user wants to wait.
     let refused = submit(&mut anns, &ordered, false).await.unwrap_err();
-    assert!(refused.code() == Code::FailedPrecondition && refused.message().contains("no node is known"), "{refused}");
+    assert!(
+        refused.code() == Code::FailedPrecondition && refused.message().contains("no node is known"),
+        "{refused}"
+    );
     let stolen = submit(&mut bobs, &ordered, true).await.unwrap_err();
     assert_eq!(stolen.code(), Code::InvalidArgument);
-    let garbage = anns.submit(wire::SubmitRequest { order: vec![0xff; 100], ..Default::default() }).await;
+    let garbage = anns
+        .submit(wire::SubmitRequest {
+            order: vec![0xff; 100],
+            ..Default::default()
+        })
+        .await;
     assert_eq!(garbage.unwrap_err().code(), Code::InvalidArgument);
     let reply = submit(&mut anns, &ordered, true).await.unwrap();
     assert_eq!(reply.view.unwrap().state, "queued");
@@ -172,21 +242,58 @@ async fn users_join_submit_and_see_only_their_own() {
 
     // Only its user sees the job; the scheduler's own key is its operator.
     let job = hex(&reply.job);
-    let request = wire::JobRequest { job: job[..12].to_owned() };
-    assert_eq!(anns.job(request.clone()).await.unwrap().into_inner().label, "first");
-    assert_eq!(bobs.job(request.clone()).await.unwrap_err().code(), Code::NotFound);
-    assert_eq!(bobs.watch(request.clone()).await.unwrap_err().code(), Code::NotFound);
-    let everyone = wire::JobsRequest { everyone: true, ..Default::default() };
-    assert_eq!(bobs.jobs(everyone).await.unwrap_err().code(), Code::PermissionDenied);
+    let request = wire::JobRequest {
+        job: job[..12].to_owned(),
+    };
+    assert_eq!(
+        anns.job(request.clone()).await.unwrap().into_inner().label,
+        "first"
+    );
+    assert_eq!(
+        bobs.job(request.clone()).await.unwrap_err().code(),
+        Code::NotFound
+    );
+    assert_eq!(
+        bobs.watch(request.clone()).await.unwrap_err().code(),
+        Code::NotFound
+    );
+    let everyone = wire::JobsRequest {
+        everyone: true,
+        ..Default::default()
+    };
+    assert_eq!(
+        bobs.jobs(everyone).await.unwrap_err().code(),
+        Code::PermissionDenied
+    );
     let own = karez_net::identity::load(&dir.join(karez_scheduler::setup::KEY_FILE), "scheduler").unwrap();
     let mut operator = client(&daemon, &own).await;
     assert_eq!(operator.jobs(everyone).await.unwrap().into_inner().jobs.len(), 1);
 
     // What the job may cost is set aside.
-    let balance = anns.balance(wire::BalanceRequest { all: true }).await.unwrap().into_inner().accounts;
-    let of = |start: &str| balance.iter().find(|a| a.name.starts_with(start)).map(|a| a.balance);
-    assert_eq!((of("user:"), of("federation")), (Some(4_000_000), Some(-10_000_000)));
-    let explained = anns.explain(wire::ExplainRequest { job, order: Vec::new() }).await.unwrap().into_inner();
+    let balance = anns
+        .balance(wire::BalanceRequest { all: true })
+        .await
+        .unwrap()
+        .into_inner()
+        .accounts;
+    let of = |start: &str| {
+        balance
+            .iter()
+            .find(|a| a.name.starts_with(start))
+            .map(|a| a.balance)
+    };
+    assert_eq!(
+        (of("user:"), of("federation")),
+        (Some(4_000_000), Some(-10_000_000))
+    );
+    let explained = anns
+        .explain(wire::ExplainRequest {
+            job,
+            order: Vec::new(),
+        })
+        .await
+        .unwrap()
+        .into_inner();
     assert!(explained.summary.contains("no node is known"), "{explained:?}");
 
     // Watching shows the present state, then the end.
@@ -194,24 +301,54 @@ async fn users_join_submit_and_see_only_their_own() {
     assert_eq!(watch.message().await.unwrap().unwrap().state, "queued");
     anns.cancel(request).await.unwrap();
     assert_eq!(last(&mut watch).await.state, "cancelled");
-    let balance = anns.balance(wire::BalanceRequest { all: false }).await.unwrap().into_inner().accounts;
+    let balance = anns
+        .balance(wire::BalanceRequest { all: false })
+        .await
+        .unwrap()
+        .into_inner()
+        .accounts;
     assert_eq!(balance[0].balance, 5_000_000);
 
     // Names of models.
-    let model = |name: &str| wire::Model { name: name.into(), artifact: Some(input.into()), format: "gguf".into(), licence: "MIT".into() };
-    let name = |name: &str| wire::NameModelRequest { model: Some(model(name)) };
+    let model = |name: &str| wire::Model {
+        name: name.into(),
+        artifact: Some(input.into()),
+        format: "gguf".into(),
+        licence: "MIT".into(),
+    };
+    let name = |name: &str| wire::NameModelRequest {
+        model: Some(model(name)),
+    };
     anns.name_model(name("tiny-1.5B")).await.unwrap();
-    assert_eq!(bobs.name_model(name("tiny-1.5B")).await.unwrap_err().code(), Code::PermissionDenied);
-    assert_eq!(anns.name_model(name("../x")).await.unwrap_err().code(), Code::InvalidArgument);
-    assert_eq!(bobs.models(wire::ModelsRequest {}).await.unwrap().into_inner().models, vec![model("tiny-1.5B")]);
+    assert_eq!(
+        bobs.name_model(name("tiny-1.5B")).await.unwrap_err().code(),
+        Code::PermissionDenied
+    );
+    assert_eq!(
+        anns.name_model(name("../x")).await.unwrap_err().code(),
+        Code::InvalidArgument
+    );
+    assert_eq!(
+        bobs.models(wire::ModelsRequest {})
+            .await
+            .unwrap()
+            .into_inner()
+            .models,
+        vec![model("tiny-1.5B")]
+    );
 
     // The books leave as a file that proves itself.
-    let mut stream = bobs.ledger(wire::LedgerRequest { from: 0 }).await.unwrap().into_inner();
+    let mut stream = bobs
+        .ledger(wire::LedgerRequest { from: 0 })
+        .await
+        .unwrap()
+        .into_inner();
     let mut file = Vec::new();
     while let Some(chunk) = stream.message().await.unwrap() {
         file.extend(chunk.bytes);
     }
-    let summary = karez_ledger::verify(&mut file.as_slice(), &karez_ledger::VerifyOptions::default()).unwrap();
+    let summary =
+        karez_ledger::verify(&mut file.as_slice(), &karez_ledger::VerifyOptions::default()).unwrap();
     assert_eq!((summary.scheduler, summary.entries), (daemon.id(), 4));
     daemon.stop().await.unwrap();
 }
@@ -234,7 +371,9 @@ async fn jobs_members_and_money_survive_a_restart() {
     join(&mut anns, &dir, Role::User).await;
     let hands = Hands::of(&ann, &daemon, &temp.path().join("a"));
     let input = hands.bring(b"a\nb\n").await;
-    let reply = submit(&mut anns, &order(&daemon, &ann, input), true).await.unwrap();
+    let reply = submit(&mut anns, &order(&daemon, &ann, input), true)
+        .await
+        .unwrap();
     let request = wire::JobRequest { job: hex(&reply.job) };
     let mut watch = anns.watch(request.clone()).await.unwrap().into_inner();
     watch.message().await.unwrap().unwrap();
@@ -245,13 +384,32 @@ async fn jobs_members_and_money_survive_a_restart() {
     stopped.unwrap();
     assert!(began.elapsed() < Duration::from_secs(3), "{:?}", began.elapsed());
     let told = told.unwrap_err();
-    assert!(told.code() == Code::Unavailable && told.message().contains("watch again"), "{told}");
+    assert!(
+        told.code() == Code::Unavailable && told.message().contains("watch again"),
+        "{told}"
+    );
 
     let daemon = Daemon::start(&dir).await.unwrap();
     let mut anns = client(&daemon, &ann).await;
-    let jobs = anns.jobs(wire::JobsRequest::default()).await.unwrap().into_inner().jobs;
-    assert_eq!((jobs.len(), jobs[0].state.as_str(), jobs[0].credits_reserved), (1, "queued", 1_000_000));
-    assert_eq!(anns.balance(wire::BalanceRequest { all: false }).await.unwrap().into_inner().accounts[0].balance, 4_000_000);
+    let jobs = anns
+        .jobs(wire::JobsRequest::default())
+        .await
+        .unwrap()
+        .into_inner()
+        .jobs;
+    assert_eq!(
+        (jobs.len(), jobs[0].state.as_str(), jobs[0].credits_reserved),
+        (1, "queued", 1_000_000)
+    );
+    assert_eq!(
+        anns.balance(wire::BalanceRequest { all: false })
+            .await
+            .unwrap()
+            .into_inner()
+            .accounts[0]
+            .balance,
+        4_000_000
+    );
     daemon.stop().await.unwrap();
 }
 
@@ -268,7 +426,10 @@ async fn a_taken_port_is_named_with_its_setting() {
     ] {
         let held = TcpListener::bind(("127.0.0.1", port)).unwrap();
         let error = Daemon::start(&dir).await.map(drop).unwrap_err().to_string();
-        assert!(error.contains(&port.to_string()) && error.contains(setting) && error.contains("scheduler.toml"), "{error}");
+        assert!(
+            error.contains(&port.to_string()) && error.contains(setting) && error.contains("scheduler.toml"),
+            "{error}"
+        );
         drop(held);
     }
     let held = UdpSocket::bind(("127.0.0.1", options.artifact_port)).unwrap();
@@ -286,7 +447,12 @@ async fn the_monitor_answers_and_garbage_harms_nothing() {
     let daemon = scheduler(&dir).await;
     let monitor = daemon.monitor_addr().unwrap();
     for addr in [daemon.control_addr(), monitor] {
-        for garbage in [&b"GET / HTTP/1.1\r\n\r\n"[..], &[0xff; 4096], &[0x16, 3, 1, 0xff, 0xff, 1], b""] {
+        for garbage in [
+            &b"GET / HTTP/1.1\r\n\r\n"[..],
+            &[0xff; 4096],
+            &[0x16, 3, 1, 0xff, 0xff, 1],
+            b"",
+        ] {
             let mut stream = tokio::net::TcpStream::connect(addr).await.unwrap();
             let _ = stream.write_all(garbage).await;
         }
@@ -294,20 +460,34 @@ async fn the_monitor_answers_and_garbage_harms_nothing() {
     let udp = UdpSocket::bind("127.0.0.1:0").unwrap();
     udp.send_to(&[0xff; 1200], daemon.artifact_addr()).unwrap();
 
-    let channel = Channel::from_shared(format!("http://{monitor}")).unwrap().connect().await.unwrap();
+    let channel = Channel::from_shared(format!("http://{monitor}"))
+        .unwrap()
+        .connect()
+        .await
+        .unwrap();
     let mut health = tonic_health::pb::health_client::HealthClient::new(channel.clone());
-    let check = tonic_health::pb::HealthCheckRequest { service: "karez.control.v1.Control".into() };
+    let check = tonic_health::pb::HealthCheckRequest {
+        service: "karez.control.v1.Control".into(),
+    };
     let answer = health.check(check).await.unwrap().into_inner();
-    assert_eq!(answer.status(), tonic_health::pb::health_check_response::ServingStatus::Serving);
+    assert_eq!(
+        answer.status(),
+        tonic_health::pb::health_check_response::ServingStatus::Serving
+    );
 
-    let mut reflection = tonic_reflection::pb::v1::server_reflection_client::ServerReflectionClient::new(channel);
+    let mut reflection =
+        tonic_reflection::pb::v1::server_reflection_client::ServerReflectionClient::new(channel);
     let list = tonic_reflection::pb::v1::ServerReflectionRequest {
         host: String::new(),
         message_request: Some(
             tonic_reflection::pb::v1::server_reflection_request::MessageRequest::ListServices(String::new()),
         ),
     };
-    let mut answers = reflection.server_reflection_info(tokio_stream::once(list)).await.unwrap().into_inner();
+    let mut answers = reflection
+        .server_reflection_info(tokio_stream::once(list))
+        .await
+        .unwrap()
+        .into_inner();
     let listed = format!("{:?}", answers.message().await.unwrap().unwrap());
     assert!(listed.contains("karez.control.v1.Control"), "{listed}");
 
@@ -337,7 +517,14 @@ impl Node {
             peer.introduce(daemon.id().0, addr).await.unwrap();
         }
         let id = NodeId(PublicKey::of(&secret));
-        Self { secret, id, client, peer, daemon_id: daemon.id(), offers: 0 }
+        Self {
+            secret,
+            id,
+            client,
+            peer,
+            daemon_id: daemon.id(),
+            offers: 0,
+        }
     }
 
     fn offer(&mut self) -> Verified<Offer> {
@@ -347,7 +534,13 @@ impl Node {
             name: "lab-1".into(),
             institution: "uni-nairobi".parse().unwrap(),
             country: "KE".parse().unwrap(),
-            devices: vec![Device { class: "cpu/x86-64-v3".into(), count: 2, free: 2, memory: Bytes(1 << 32), rate: Rate(3_600_000) }],
+            devices: vec![Device {
+                class: "cpu/x86-64-v3".into(),
+                count: 2,
+                free: 2,
+                memory: Bytes(1 << 32),
+                rate: Rate(3_600_000),
+            }],
             engines: vec![Engine {
                 name: "noop".into(),
                 version: "1".into(),
@@ -376,11 +569,23 @@ impl Node {
 
     async fn session(&mut self) -> Session {
         let (say, outgoing) = mpsc::channel(64);
-        let hello = FromNode::Hello { version: "test".into(), name: "lab-1".into(), report: Report::default() };
+        let hello = FromNode::Hello {
+            version: "test".into(),
+            name: "lab-1".into(),
+            report: Report::default(),
+        };
         say.send(hello.into()).await.unwrap();
-        let hear = self.client.session(ReceiverStream::new(outgoing)).await.unwrap().into_inner();
+        let hear = self
+            .client
+            .session(ReceiverStream::new(outgoing))
+            .await
+            .unwrap()
+            .into_inner();
         let mut session = Session { say, hear };
-        assert!(matches!(session.next().await, Some(FromScheduler::Welcome { .. })));
+        assert!(matches!(
+            session.next().await,
+            Some(FromScheduler::Welcome { .. })
+        ));
         session
     }
 
@@ -405,7 +610,11 @@ impl Node {
     }
 
     fn finish(&self, lease: &Verified<Lease>, result: ArtifactRef) -> ToScheduler {
-        let meters = Meters { device_ms: DeviceMillis(1), items: lease.items, ..Meters::default() };
+        let meters = Meters {
+            device_ms: DeviceMillis(1),
+            items: lease.items,
+            ..Meters::default()
+        };
         let reading = MeterReading {
             lease: lease.id(),
             node: self.id,
@@ -431,7 +640,11 @@ impl Node {
             ended_at: utc(),
         };
         let usage = Signed::sign(usage, &self.secret);
-        ToScheduler::Finished(Box::new(FinishedLease { lease: lease.clone(), readings: vec![reading], usage }))
+        ToScheduler::Finished(Box::new(FinishedLease {
+            lease: lease.clone(),
+            readings: vec![reading],
+            usage,
+        }))
     }
 }
 
@@ -484,10 +697,25 @@ async fn a_job_runs_is_billed_and_its_result_can_be_fetched() {
     // The same offer again, and one that a stranger signed, are answered with the reason.
     node.offers -= 1;
     assert!(matches!(node.advertise().await, Answer::Refused { .. }));
-    let forged = { let mut bytes = node.offer().encode(); let n = bytes.len(); bytes[n - 1] ^= 1; bytes };
+    let forged = {
+        let mut bytes = node.offer().encode();
+        let n = bytes.len();
+        bytes[n - 1] ^= 1;
+        bytes
+    };
     let answer = node.peer.advertise(daemon.id().0, forged).await.unwrap();
-    assert!(matches!(&answer, Answer::Refused { reason } if reason.contains("signature")), "{answer:?}");
-    assert_eq!(anns.status(wire::StatusRequest {}).await.unwrap().into_inner().offers_refused, 2);
+    assert!(
+        matches!(&answer, Answer::Refused { reason } if reason.contains("signature")),
+        "{answer:?}"
+    );
+    assert_eq!(
+        anns.status(wire::StatusRequest {})
+            .await
+            .unwrap()
+            .into_inner()
+            .offers_refused,
+        2
+    );
 
     // A user's key opens no session.
     let (_say, outgoing) = mpsc::channel::<wire::NodeMessage>(1);
@@ -496,44 +724,94 @@ async fn a_job_runs_is_billed_and_its_result_can_be_fetched() {
 
     let mut first = node.session().await;
     let mut session = node.session().await;
-    assert!(matches!(first.next().await, Some(FromScheduler::Goodbye { .. })), "a second session replaces the first");
+    assert!(
+        matches!(first.next().await, Some(FromScheduler::Goodbye { .. })),
+        "a second session replaces the first"
+    );
     assert!(first.next().await.is_none());
 
     let began = Instant::now();
-    let reply = submit(&mut anns, &order(&daemon, &ann, input), false).await.unwrap();
+    let reply = submit(&mut anns, &order(&daemon, &ann, input), false)
+        .await
+        .unwrap();
     let submitted = began.elapsed();
-    let mut watch = anns.watch(wire::JobRequest { job: hex(&reply.job) }).await.unwrap().into_inner();
+    let mut watch = anns
+        .watch(wire::JobRequest { job: hex(&reply.job) })
+        .await
+        .unwrap()
+        .into_inner();
     let ask = session.ask().await;
     assert_eq!(ask.order.id(), Digest::try_from(reply.job.as_slice()).unwrap());
     let lease = node.lease(&ask);
     session.say(ToScheduler::Granted(lease.clone())).await;
-    let held = Held { key: ask.key, phase: Phase::Running, items_done: 1, tokens: 0 };
-    session.say(ToScheduler::Report(Report { sequence: 1, held: vec![held] })).await;
+    let held = Held {
+        key: ask.key,
+        phase: Phase::Running,
+        items_done: 1,
+        tokens: 0,
+    };
+    session
+        .say(ToScheduler::Report(Report {
+            sequence: 1,
+            held: vec![held],
+        }))
+        .await;
 
     // A usage counts once its result is here.
     let node_hands = Hands::of(&node.secret, &daemon, &temp.path().join("n"));
-    let early = ArtifactRef { digest: Digest::of(b"1\n2\n"), bytes: Bytes(4), kind: karez_core::artifact::ArtifactKind::Blob };
+    let early = ArtifactRef {
+        digest: Digest::of(b"1\n2\n"),
+        bytes: Bytes(4),
+        kind: karez_core::artifact::ArtifactKind::Blob,
+    };
     session.say(node.finish(&lease, early)).await;
     let result = node_hands.bring(b"1\n2\n").await;
     assert_eq!(result, early);
     session.say(node.finish(&lease, result)).await;
     assert_eq!(session.settled().await, (ask.key, true));
     let done = last(&mut watch).await;
-    println!("submit answered in {submitted:?}, submit to done in {:?}", began.elapsed());
-    assert_eq!((done.state.as_str(), done.items_done, done.credits_spent), ("done", 2, 1));
+    println!(
+        "submit answered in {submitted:?}, submit to done in {:?}",
+        began.elapsed()
+    );
+    assert_eq!(
+        (done.state.as_str(), done.items_done, done.credits_spent),
+        ("done", 2, 1)
+    );
     assert_eq!(done.parts[0].result, Some(result.into()));
     assert!(done.parts[0].why.contains("credits/h"), "{:?}", done.parts[0]);
 
     // Unread nonsense does not end a session, and the node's institution was paid.
     let nonsense = wire::NodeMessage { message: None };
     session.say.send(nonsense).await.unwrap();
-    session.say(ToScheduler::Report(Report { sequence: 2, held: Vec::new() })).await;
-    let paid = node.client.balance(wire::BalanceRequest { all: false }).await.unwrap().into_inner().accounts;
-    assert_eq!((paid[0].name.as_str(), paid[0].balance), ("institution:uni-nairobi", 1));
+    session
+        .say(ToScheduler::Report(Report {
+            sequence: 2,
+            held: Vec::new(),
+        }))
+        .await;
+    let paid = node
+        .client
+        .balance(wire::BalanceRequest { all: false })
+        .await
+        .unwrap()
+        .into_inner()
+        .accounts;
+    assert_eq!(
+        (paid[0].name.as_str(), paid[0].balance),
+        ("institution:uni-nairobi", 1)
+    );
 
     // The user fetches the result from the scheduler.
-    hands.transfers.fetch(&[result], std::slice::from_ref(&hands.to), unwatched()).await.unwrap();
-    assert_eq!(hands.transfers.store().read(&result, Bytes(100)).unwrap(), b"1\n2\n");
+    hands
+        .transfers
+        .fetch(&[result], std::slice::from_ref(&hands.to), unwatched())
+        .await
+        .unwrap();
+    assert_eq!(
+        hands.transfers.store().read(&result, Bytes(100)).unwrap(),
+        b"1\n2\n"
+    );
 
     // Goodbye comes before the end.
     let began = Instant::now();
