@@ -14,8 +14,9 @@ use karez_core::{
     unit::Rate,
 };
 use karez_node::{
-    ControlError, InitOptions, NodeFiles, NodeStatus, RunOptions, WorkerProgram,
+    ControlError, InitOptions, NodeFiles, NodeStatus, WorkerProgram,
     control::{self, Command},
+    daemon::RunOptions,
     init::JoinBy,
 };
 use serde_json::json;
