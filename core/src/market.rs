@@ -285,3 +285,194 @@ impl Market {
         }
     }
 }
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use crate::{
+        key::SecretKey,
+        records::{Device, Engine, NodeState, Signed},
+        unit::{Bytes, Rate},
+    };
+
+    pub(crate) const NOW: Now = Now {
+        utc: UtcMillis(1_000_000),
+        mono: MonoMillis(50_000),
+    };
+
+    pub(crate) fn secret_of(name: &str) -> SecretKey {
+        SecretKey::from_bytes(&crate::id::Digest::of(name.as_bytes()).0)
+    }
+
+    pub(crate) fn node_of(name: &str) -> NodeId {
+        NodeId(PublicKey::of(&secret_of(name)))
+    }
+
+    /// `a:2gpu@5,KE,8G,paused,busy,fast` as an offer; prices are whole credits per hour.
+    pub(crate) fn offer_of(text: &str, sequence: u64) -> Verified<Offer> {
+        let (name, rest) = text.split_once(':').unwrap();
+        let mut words = rest.split(',');
+        let (device, rate) = words.next().unwrap().split_once('@').unwrap();
+        let digits = device.find(|c: char| !c.is_ascii_digit()).unwrap();
+        let mut offer = Offer {
+            node: node_of(name),
+            name: name.into(),
+            institution: "uni-nairobi".parse().unwrap(),
+            country: "KE".parse().unwrap(),
+            devices: vec![Device {
+                class: device[digits..].into(),
+                count: device[..digits].parse().unwrap(),
+                free: device[..digits].parse().unwrap(),
+                memory: Bytes(16 << 30),
+                rate: Rate(rate.parse::<u64>().unwrap() * 1_000_000),
+            }],
+            engines: vec![Engine {
+                name: "noop".into(),
+                version: "1".into(),
+                work: WorkKind::Noop,
+                speed: Speed(1_000),
+                method: "probe/1".into(),
+            }],
+            cores: 8,
+            memory: Bytes(32 << 30),
+            isa: "x86-64-v3".into(),
+            isolation: "landlock".into(),
+            cached: Vec::new(),
+            artifact_addrs: Vec::new(),
+            sequence,
+            issued_at: NOW.utc,
+            expires_at: NOW.utc.after(Millis(60_000)),
+            state: NodeState::Open,
+        };
+        for word in words {
+            match word {
+                "paused" => offer.state = NodeState::Paused,
+                "busy" => offer.devices[0].free = 0,
+                "fast" => offer.engines[0].speed = Speed(10_000),
+                "dumb" => offer.engines.clear(),
+                "gone" => {}
+                w if w.ends_with('G') => {
+                    offer.devices[0].memory = Bytes(w[..w.len() - 1].parse::<u64>().unwrap() << 30)
+                }
+                w if w.len() == 2 => offer.country = w.parse().unwrap(),
+                w => offer.institution = w.parse().unwrap(),
+            }
+        }
+        Signed::sign(offer, &secret_of(name))
+    }
+
+    /// A market of such offers, all connected but those that are `gone`.
+    pub(crate) fn market_of(text: &str) -> Market {
+        let mut market = Market::default();
+        for word in text.split_whitespace() {
+            let offer = offer_of(word, 1);
+            let node = offer.node;
+            market.hear(NOW, node.0, offer).unwrap();
+            market.set_connected(node, !word.contains(",gone"));
+        }
+        market
+    }
+
+    fn at(ms: u64) -> Now {
+        Now {
+            utc: NOW.utc.after(Millis(ms)),
+            mono: NOW.mono.after(Millis(ms)),
+        }
+    }
+
+    #[test]
+    fn an_offer_is_believed_from_its_node_in_sequence_and_until_it_expires() {
+        let a = node_of("a").0;
+        for (name, heard_at, from, sequence, expected) in [
+            ("fresh", 0, a, 6, "taken"),
+            ("same again", 0, a, 5, "has sequence 5, but 5 is known already"),
+            ("older", 0, a, 4, "has sequence 4, but 5 is known already"),
+            (
+                "late",
+                60_000,
+                a,
+                6,
+                "is dated wrongly: it has expired; check the node's clock",
+            ),
+            ("by another", 0, node_of("b").0, 6, "describes node"),
+        ] {
+            let mut market = Market::default();
+            market.hear(NOW, a, offer_of("a:1gpu@5", 5)).unwrap();
+            let got = market.hear(at(heard_at), from, offer_of("a:1gpu@4", sequence));
+            let got = got.map_or_else(|e| e.to_string(), |()| "taken".into());
+            assert!(got.starts_with(expected), "{name}: {got}");
+            let rate = market.get(&node_of("a")).unwrap().offer.devices[0].rate;
+            assert_eq!(rate.0 == 4_000_000, expected == "taken", "{name}");
+        }
+        let early = Now {
+            utc: UtcMillis(NOW.utc.0 - CLOCK_SKEW_MAX.0 - 1),
+            ..NOW
+        };
+        let error = Market::default().hear(early, a, offer_of("a:1gpu@5", 1));
+        assert!(matches!(error, Err(OfferError::Dated { .. })));
+    }
+
+    #[test]
+    fn an_expired_offer_is_forgotten_once_and_its_session_remembered() {
+        let mut market = market_of("a:1gpu@5");
+        let a = node_of("a");
+        assert_eq!(market.next_expiry(), Some(at(60_000).mono));
+        assert_eq!(market.expire(at(59_999).mono), []);
+        // A later offer moves the expiry.
+        let later = {
+            let mut offer = offer_of("a:1gpu@5", 2).into_inner();
+            offer.expires_at = at(90_000).utc;
+            Signed::sign(offer, &secret_of("a"))
+        };
+        market.hear(at(1), a.0, later).unwrap();
+        assert_eq!(market.expire(at(89_000).mono), []);
+        assert_eq!(market.expire(at(90_001).mono), [a]);
+        assert_eq!(market.expire(at(90_001).mono), []);
+        assert_eq!(market.next_expiry(), None);
+        // It comes back while its session still stands.
+        let mut offer = offer_of("a:1gpu@5", 3).into_inner();
+        offer.expires_at = at(200_000).utc;
+        market
+            .hear(at(95_000), a.0, Signed::sign(offer, &secret_of("a")))
+            .unwrap();
+        assert!(market.get(&a).unwrap().connected);
+    }
+
+    #[test]
+    fn a_wrong_clock_cannot_keep_a_node_listed() {
+        let mut market = Market::default();
+        let a = node_of("a");
+        let mut offer = offer_of("a:1gpu@5", 1).into_inner();
+        offer.expires_at = UtcMillis(u64::MAX / 2);
+        market
+            .hear(NOW, a.0, Signed::sign(offer, &secret_of("a")))
+            .unwrap();
+        assert_eq!(market.next_expiry(), Some(NOW.mono.after(OFFER_TTL_MAX)));
+    }
+
+    #[test]
+    fn devices_are_counted_once_whoever_holds_them() {
+        let a = node_of("a");
+        let mut market = market_of("a:3gpu@5");
+        let free = |m: &Market| m.get(&a).unwrap().free(0);
+        let offer = |free: u32, sequence| {
+            let mut offer = offer_of("a:3gpu@5", sequence).into_inner();
+            offer.devices[0].free = free;
+            Signed::sign(offer, &secret_of("a"))
+        };
+        market.take(&a, "gpu", 1);
+        assert_eq!(free(&market), 2, "ours");
+        market.hear(NOW, a.0, offer(2, 2)).unwrap();
+        assert_eq!(free(&market), 2, "the node counts ours too");
+        market.hear(NOW, a.0, offer(1, 3)).unwrap();
+        assert_eq!(free(&market), 1, "somebody else has one");
+        market.mark_full(&a, "gpu");
+        assert_eq!(free(&market), 0, "it said it is full");
+        assert!(!market.any_free());
+        market.give_back(&a, "gpu", 1);
+        assert_eq!(free(&market), 1, "ours came back");
+        market.give_back(&a, "gpu", 7);
+        market.take(&a, "tpu", 1);
+        assert_eq!(free(&market), 1, "neither too much nor another class");
+    }
+}

@@ -509,3 +509,242 @@ fn duration(request: &Request<'_>, speed_milli: u64) -> Millis {
             .max(1),
     )
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::market::tests::{market_of, node_of};
+
+    /// What the words of a request set: `gpu<=9,in:KE,not:BR,of:uni-nairobi,mem:8,budget:10,donated,avoid:a`.
+    struct Wish {
+        constraints: Constraints,
+        ceiling: Credits,
+        avoid: Vec<NodeId>,
+    }
+
+    fn wish_of(text: &str) -> Wish {
+        let mut words = text.split(',');
+        let device = words.next().unwrap();
+        let mut wish = Wish {
+            constraints: Constraints::default(),
+            ceiling: Credits(u64::MAX),
+            avoid: Vec::new(),
+        };
+        let c = &mut wish.constraints;
+        match device.split_once("<=") {
+            Some((class, rate)) => {
+                c.device = class.into();
+                c.rate_max = Some(Rate(rate.parse::<u64>().unwrap() * 1_000_000));
+            }
+            None => c.device = device.into(),
+        }
+        for word in words {
+            match word.split_once(':') {
+                None => c.donated_only = word == "donated",
+                Some(("in", code)) => c.countries.push(code.parse().unwrap()),
+                Some(("not", code)) => c.countries_excluded.push(code.parse().unwrap()),
+                Some(("of", name)) => c.institutions.push(name.parse().unwrap()),
+                Some(("mem", gib)) => c.memory = Bytes(gib.parse::<u64>().unwrap() << 30),
+                Some(("budget", credits)) => wish.ceiling = credits.parse().unwrap(),
+                Some(("avoid", name)) => wish.avoid.push(node_of(name)),
+                Some(other) => panic!("{other:?}"),
+            }
+        }
+        wish
+    }
+
+    fn request_of(wish: &Wish) -> Request<'_> {
+        Request {
+            kind: WorkKind::Noop,
+            // An hour on a device of usual speed.
+            units: 3_600,
+            fixed: Millis::ZERO,
+            artifacts: Vec::new(),
+            constraints: &wish.constraints,
+            memory: Bytes::ZERO,
+            ceiling: wish.ceiling,
+            avoid: &wish.avoid,
+        }
+    }
+
+    fn describe(got: &Result<Plan, Refusal>) -> String {
+        match got {
+            Ok(plan) => {
+                let others: Vec<&str> = plan.alternatives.iter().map(|c| c.name.as_str()).collect();
+                format!(
+                    "{} of {}, then {}",
+                    plan.chosen.name,
+                    plan.feasible,
+                    others.join(" ")
+                )
+                .trim_end_matches(", then ")
+                .into()
+            }
+            Err(refusal) => format!("refused: {refusal}"),
+        }
+    }
+
+    #[test]
+    fn cheapest_fit_wins_and_a_refusal_says_what_would_fit() {
+        for (name, market, wish, expected) in [
+            ("one fits", "a:1gpu@5", "gpu<=9", "a of 1"),
+            ("cheaper wins", "a:1gpu@5 b:1gpu@3", "gpu<=9", "b of 2, then a"),
+            ("donated wins", "a:1gpu@1 b:1gpu@0", "gpu", "b of 2, then a"),
+            (
+                "cheap but slow loses",
+                "a:1gpu@4 b:1gpu@8,fast",
+                "gpu",
+                "b of 2, then a",
+            ),
+            (
+                "busy waits behind",
+                "a:1gpu@1,busy b:1gpu@3",
+                "gpu",
+                "b of 1, then a",
+            ),
+            (
+                "too dear",
+                "a:1gpu@5 b:1gpu@7",
+                "gpu<=4",
+                "refused: none of 2 known nodes can run it: 2 excluded by price (the cheapest asks 5.000000 credits/h)",
+            ),
+            (
+                "not donated",
+                "a:1gpu@5",
+                "gpu,donated",
+                "refused: none of 1 known nodes can run it: 1 excluded by price (the cheapest asks 5.000000 credits/h)",
+            ),
+            (
+                "another country",
+                "a:1gpu@5,BR b:1gpu@5,VN c:1gpu@9,KE",
+                "gpu,in:KE",
+                "c of 1",
+            ),
+            (
+                "no such country",
+                "a:1gpu@5,BR b:1gpu@5,VN",
+                "gpu,in:KE",
+                "refused: none of 2 known nodes can run it: 2 excluded by country (nodes are in BR, VN)",
+            ),
+            (
+                "excluded country",
+                "a:1gpu@5,BR",
+                "gpu,not:BR",
+                "refused: none of 1 known nodes can run it: 1 excluded by country (nodes are in BR)",
+            ),
+            (
+                "another institution",
+                "a:1gpu@5,usp-brazil",
+                "gpu,of:uni-nairobi",
+                "refused: none of 1 known nodes can run it: 1 excluded by institution (nodes belong to usp-brazil)",
+            ),
+            (
+                "another device",
+                "a:1gpu@5",
+                "tpu",
+                "refused: none of 1 known nodes can run it: 1 excluded by device (nodes have gpu)",
+            ),
+            (
+                "no engine",
+                "a:1gpu@5,dumb",
+                "gpu",
+                "refused: none of 1 known nodes can run it: 1 excluded by engine",
+            ),
+            (
+                "too little memory",
+                "a:1gpu@5,4G b:1gpu@5,6G",
+                "gpu,mem:8",
+                "refused: none of 2 known nodes can run it: 2 excluded by memory (the nearest lacks 2048 MiB of device memory)",
+            ),
+            (
+                "too small a budget",
+                "a:1gpu@5 b:1gpu@6",
+                "gpu,budget:4.5",
+                "refused: none of 2 known nodes can run it: 2 excluded by budget (the cheapest would cost 5.000000 credits for this part: raise --max-cost)",
+            ),
+            (
+                "each for its own reason",
+                "a:1gpu@5,paused b:1gpu@5,gone c:1gpu@5 d:1gpu@5,busy",
+                "gpu,avoid:c",
+                "refused: none of 4 known nodes can run it: 1 excluded by open; 1 excluded by connected; 1 excluded by untried; 1 excluded by free device",
+            ),
+            (
+                "nobody there",
+                "",
+                "gpu",
+                "refused: no node is known to this scheduler yet: wait for one to join, or invite one",
+            ),
+        ] {
+            let wish = wish_of(wish);
+            let got = place(&market_of(market), &request_of(&wish), &Policy::default());
+            assert_eq!(describe(&got), expected, "{name}");
+        }
+    }
+
+    #[test]
+    fn ties_go_to_the_less_loaded_then_to_the_lower_id() {
+        let mut market = market_of("a:2gpu@5 b:2gpu@5");
+        let (low, high) = if node_of("a") < node_of("b") {
+            ("a", "b")
+        } else {
+            ("b", "a")
+        };
+        let wish = wish_of("gpu");
+        let place = |m: &Market| {
+            place(m, &request_of(&wish), &Policy::default())
+                .unwrap()
+                .chosen
+                .name
+        };
+        assert_eq!(place(&market), low);
+        market.take(&node_of(low), "gpu", 1);
+        assert_eq!(place(&market), high);
+    }
+
+    #[test]
+    fn failures_raise_the_price_and_success_forgives() {
+        let mut market = market_of("a:1gpu@4 b:1gpu@5");
+        let wish = wish_of("gpu");
+        let place = |m: &Market| {
+            place(m, &request_of(&wish), &Policy::default())
+                .unwrap()
+                .chosen
+                .name
+        };
+        assert_eq!(place(&market), "a");
+        market.note_failure(&node_of("a"));
+        market.note_failure(&node_of("a"));
+        assert_eq!(place(&market), "b");
+        market.note_success(&node_of("a"), WorkKind::Noop, None);
+        assert_eq!(place(&market), "a");
+    }
+
+    #[test]
+    fn what_only_time_changes_is_told_apart() {
+        for (market, wish, expected) in [
+            ("a:1gpu@5,busy", "gpu", true),
+            ("a:1gpu@5,paused", "gpu", true),
+            ("a:1gpu@5,gone", "gpu", true),
+            ("a:1gpu@5", "gpu,avoid:a", true),
+            ("a:1gpu@5", "tpu", false),
+            ("a:1gpu@5", "gpu<=4", false),
+            ("", "gpu", false),
+        ] {
+            let wish = wish_of(wish);
+            let refusal = place(&market_of(market), &request_of(&wish), &Policy::default()).unwrap_err();
+            assert_eq!(refusal.passes_with_time(), expected, "{market}");
+        }
+    }
+
+    #[test]
+    fn work_that_takes_no_time_is_not_free_on_a_priced_device() {
+        let wish = wish_of("gpu,budget:0");
+        let request = Request {
+            units: 0,
+            ..request_of(&wish)
+        };
+        let got = place(&market_of("a:1gpu@5"), &request, &Policy::default());
+        assert!(got.unwrap_err().excluded_by(Requirement::Budget));
+        assert!(place(&market_of("a:1gpu@0"), &request, &Policy::default()).is_ok());
+    }
+}

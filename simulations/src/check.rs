@@ -13,7 +13,7 @@ use karez_core::{
     store::Change,
     unit::{Bytes, Credits, DeviceMillis, Rate, UtcMillis},
 };
-use karez_ledger::Book;
+use karez_ledger::{Book, Entry};
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -122,6 +122,7 @@ pub struct Checker {
     scheduler: SchedulerId,
     nodes: Vec<TrueNode>,
     book: Book,
+    entries: Vec<Entry>,
     /// Kept beside the book, by the plain sum of the legs.
     accounts: Accounts,
     orders: BTreeMap<JobId, Verified<Order>>,
@@ -151,6 +152,7 @@ impl Checker {
             scheduler,
             nodes,
             book: Book::new(scheduler),
+            entries: Vec::new(),
             accounts: Accounts::default(),
             orders: BTreeMap::new(),
             accepted: BTreeSet::new(),
@@ -470,8 +472,9 @@ impl Checker {
     }
 
     fn posted(&mut self, at: UtcMillis, posting: &Posting) {
-        if let Err(error) = self.book.append(at, posting.clone()) {
-            self.fail(format!("the book refuses a {:?}: {error}", posting.kind));
+        match self.book.append(at, posting.clone()) {
+            Ok(entry) => self.entries.push(entry),
+            Err(error) => self.fail(format!("the book refuses a {:?}: {error}", posting.kind)),
         }
         if let Err(error) = self.accounts.apply(posting) {
             self.fail(format!("the accounts refuse a {:?}: {error}", posting.kind));
@@ -686,6 +689,31 @@ impl Checker {
     /// How many jobs ended in that state.
     pub fn ended(&self, state: &str) -> u64 {
         self.ended.values().filter(|s| *s == state).count() as u64
+    }
+
+    /// Reads the whole book anew, from its first entry: with every signature, or trusting those.
+    pub fn audit(&mut self, signatures: bool) {
+        let mut book = Book::new(self.scheduler);
+        for entry in &self.entries {
+            let read = match Entry::decode(&entry.encode()) {
+                Ok(read) if signatures => book.replay(&read),
+                Ok(read) => book.recall(&read),
+                Err(error) => {
+                    self.broken.get_or_insert(format!("entry {}: {error}", entry.seq));
+                    return;
+                }
+            };
+            if let Err(error) = read {
+                self.broken.get_or_insert(format!(
+                    "the book read anew breaks at entry {}: {error}",
+                    entry.seq
+                ));
+                return;
+            }
+        }
+        if book.head() != self.book.head() || book.accounts() != self.book.accounts() {
+            self.fail("the book read anew is another book".into());
+        }
     }
 
     /// After the calm: every job is told to its end, and the money is where it belongs.

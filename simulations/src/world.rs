@@ -282,6 +282,7 @@ impl World {
         }
         let accounts = controller.accounts().clone();
         self.checker.finish(&self.scheduler.disk, &accounts);
+        self.checker.audit(self.seed.is_multiple_of(25));
     }
 
     /// Plans something.

@@ -6,6 +6,8 @@
 //!
 //! Not here: how to fetch, run or sign in ([`karez-node`]); what the scheduler decides ([`crate::controller`]).
 mod mind;
+#[cfg(test)]
+mod tests;
 
 pub use mind::{Agent, AgentStatus};
 
