@@ -43,7 +43,13 @@ fn main() -> Result<()> {
         fs::write(file, serde_json::to_vec_pretty(&measured)?)?;
     }
     for row in measured["figures"].as_array().into_iter().flatten() {
-        println!("{:<34} {:>12} {:<10} aim {}", text(&row["name"]), row["value"], text(&row["unit"]), text(&row["aim"]));
+        println!(
+            "{:<34} {:>12} {:<10} aim {}",
+            text(&row["name"]),
+            row["value"],
+            text(&row["unit"]),
+            text(&row["aim"])
+        );
     }
     println!("machine: {}", measured["machine"]);
     Ok(())
@@ -58,9 +64,7 @@ fn measure(home: &Path, scratch: &Path) -> Result<Value> {
     let (memory, cpu) = idle(home)?;
     let (p50, p99) = tokio::runtime::Runtime::new()?.block_on(submit_to_done(home, scratch))?;
     let join = join_to_placement(home, scratch)?;
-    let figure = |name: &str, value: f64, unit: &str, aim: &str| {
-        json!({"name": name, "value": (value * 1000.0).round() / 1000.0, "unit": unit, "aim": aim})
-    };
+    let figure = |name: &str, value: f64, unit: &str, aim: &str| json!({"name": name, "value": (value * 1000.0).round() / 1000.0, "unit": unit, "aim": aim});
     Ok(json!({
         "figures": [
             figure("idle node, resident", memory, "MB", "<= 20"),
@@ -84,7 +88,11 @@ fn karez(home: &Path, args: &[&str]) -> Result<String> {
         .stdin(Stdio::null())
         .stderr(Stdio::inherit())
         .output()?;
-    if out.status.success() { Ok(String::from_utf8(out.stdout)?) } else { Err(format!("karez {args:?}: {}", out.status).into()) }
+    if out.status.success() {
+        Ok(String::from_utf8(out.stdout)?)
+    } else {
+        Err(format!("karez {args:?}: {}", out.status).into())
+    }
 }
 
 /// Resident memory in MB and CPU in percent of a core of one node that has nothing to do.
@@ -112,7 +120,10 @@ fn idle(home: &Path) -> Result<(f64, f64)> {
         // The kernel counts in hundredths of a second.
         cpu.push((ticks(pid)? - before) / IDLE.as_secs_f64());
         let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
-        let kb = status.lines().find_map(|l| l.strip_prefix("VmRSS:")).ok_or("VmRSS")?;
+        let kb = status
+            .lines()
+            .find_map(|l| l.strip_prefix("VmRSS:"))
+            .ok_or("VmRSS")?;
         memory.push(kb.trim().trim_end_matches(" kB").parse::<f64>()? / 1000.0);
     }
     Ok((median(&mut memory), median(&mut cpu)))
@@ -130,13 +141,30 @@ async fn submit_to_done(home: &Path, scratch: &Path) -> Result<(f64, f64)> {
     let store = ArtifactStore::open(&scratch.join("artifacts"), Bytes(1 << 30))?;
     let input = store.add_bytes(b"{}\n")?;
     let transfers = Transfers::bind("127.0.0.1:0".parse()?, &secret, store, Arc::new(|_, _| false))?;
-    let addrs = status.artifact_addrs.iter().filter_map(|a| a.parse().ok()).collect();
-    transfers.push(input, &Holder { key: scheduler.0, addrs }, Arc::new(|_| {})).await?;
+    let addrs = status
+        .artifact_addrs
+        .iter()
+        .filter_map(|a| a.parse().ok())
+        .collect();
+    transfers
+        .push(
+            input,
+            &Holder {
+                key: scheduler.0,
+                addrs,
+            },
+            Arc::new(|_| {}),
+        )
+        .await?;
     let mut millis = Vec::new();
     for nonce in 0..JOBS as u64 {
         let order = order(&secret, scheduler, of("institution")?, input, nonce)?;
         let began = Instant::now();
-        let request = wire::SubmitRequest { order, label: String::new(), wait: false };
+        let request = wire::SubmitRequest {
+            order,
+            label: String::new(),
+            wait: false,
+        };
         let job = client.submit(request).await?.into_inner().job;
         let id = job.iter().map(|b| format!("{b:02x}")).collect();
         let mut views = client.watch(wire::JobRequest { job: id }).await?.into_inner();
@@ -153,7 +181,13 @@ async fn submit_to_done(home: &Path, scratch: &Path) -> Result<(f64, f64)> {
     Ok((millis[millis.len() / 2], millis[millis.len() * 99 / 100]))
 }
 
-fn order(secret: &SecretKey, scheduler: SchedulerId, institution: &str, input: ArtifactRef, nonce: u64) -> Result<Vec<u8>> {
+fn order(
+    secret: &SecretKey,
+    scheduler: SchedulerId,
+    institution: &str,
+    input: ArtifactRef,
+    nonce: u64,
+) -> Result<Vec<u8>> {
     let now = u64::try_from(SystemTime::now().duration_since(UNIX_EPOCH)?.as_millis())?;
     let order = Order {
         user: UserId(PublicKey::of(secret)),
@@ -176,7 +210,7 @@ fn order(secret: &SecretKey, scheduler: SchedulerId, institution: &str, input: A
 /// Seconds from `node init` with an invitation to the end of the first job placed on that node.
 fn join_to_placement(home: &Path, scratch: &Path) -> Result<f64> {
     let input = scratch.join("one.jsonl");
-    fs::write(&input, "{}\n")?;
+    fs::write(&input, "{\"text\":\"x\"}\n")?;
     let mut seconds = Vec::new();
     for i in 0..JOINS {
         let scheduler = home.join("up/scheduler");
@@ -192,10 +226,31 @@ fn join_to_placement(home: &Path, scratch: &Path) -> Result<f64> {
         let s = |path: &Path| path.to_string_lossy().into_owned();
         let invitation = karez(
             home,
-            &["scheduler", "invite", "--dir", &s(&scheduler), "--role", "node", "--institution", &institution],
+            &[
+                "scheduler",
+                "invite",
+                "--dir",
+                &s(&scheduler),
+                "--role",
+                "node",
+                "--institution",
+                &institution,
+            ],
         )?;
         let began = Instant::now();
-        karez(home, &["node", "init", "--dir", &s(&dir), "--join", invitation.trim(), "--country", "NP"])?;
+        karez(
+            home,
+            &[
+                "node",
+                "init",
+                "--dir",
+                &s(&dir),
+                "--join",
+                invitation.trim(),
+                "--country",
+                "NP",
+            ],
+        )?;
         let mut child = Command::new(env!("CARGO_BIN_EXE_karez"))
             .args(["node", "run", "--dir", &s(&dir)])
             .env("KAREZ_HOME", home)
@@ -218,11 +273,19 @@ fn median(values: &mut [f64]) -> f64 {
 }
 
 fn load() -> String {
-    fs::read_to_string("/proc/loadavg").unwrap_or_default().split(' ').take(3).collect::<Vec<_>>().join(" ")
+    fs::read_to_string("/proc/loadavg")
+        .unwrap_or_default()
+        .split(' ')
+        .take(3)
+        .collect::<Vec<_>>()
+        .join(" ")
 }
 
 fn cpu_name() -> String {
     let text = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let line = text.lines().find(|l| l.starts_with("model name")).unwrap_or_default();
+    let line = text
+        .lines()
+        .find(|l| l.starts_with("model name"))
+        .unwrap_or_default();
     line.rsplit(": ").next().unwrap_or("unknown").to_owned()
 }

@@ -7,14 +7,23 @@ fn bad_input_is_named_and_changes_nothing() {
     let net = Net::up();
     let before = net.run(&["balance", "--json"]).ok().out;
 
-    net.run(&["generate", "--model", "karez-tyni", "hello"]).refused(4, &["karez-tyni", "karez artifact add"]);
-    let lines = net.file("bad.jsonl", "{\"prompt\":\"fine\"}\n{\"prompt\":\n{\"prompt\":\"fine\"}\n");
+    net.run(&["generate", "--model", "karez-tyni", "hello"])
+        .refused(4, &["karez-tyni", "karez artifact add"]);
+    let lines = net.file(
+        "bad.jsonl",
+        "{\"prompt\":\"fine\"}\n{\"prompt\":\n{\"prompt\":\"fine\"}\n",
+    );
     net.run(&["generate", "--file", &lines]).refused(3, &["line 2"]);
-    net.run(&["generate", "--country", "AQ", "hello"]).refused(5, &["country", "BR, IN, KE"]);
-    net.run(&["generate", "--max-rate", "0.1", "--country", "KE,BR", "hello"]).refused(5, &["price", "0.25"]);
-    net.run(&["generate", "--country", "KE", "--exclude-country", "KE", "hello"]).refused(3, &["KE"]);
-    net.run(&["generate", "--max-cost", "1000000", "hello"]).refused(5, &["budget", "--max-cost"]);
-    net.run(&["generate", "--country", "Kenya", "hello"]).refused(2, &["Kenya"]);
+    net.run(&["generate", "--country", "AQ", "hello"])
+        .refused(5, &["country", "BR, IN, KE"]);
+    net.run(&["generate", "--max-rate", "0.1", "--country", "KE,BR", "hello"])
+        .refused(5, &["price", "0.25"]);
+    net.run(&["generate", "--country", "KE", "--exclude-country", "KE", "hello"])
+        .refused(3, &["KE"]);
+    net.run(&["generate", "--max-cost", "1000000", "hello"])
+        .refused(5, &["budget", "--max-cost"]);
+    net.run(&["generate", "--country", "Kenya", "hello"])
+        .refused(2, &["Kenya"]);
     net.run(&["job", "show", "feedbeef"]).refused(4, &["feedbeef"]);
     let job = net.file("job.toml", "work = \"embed\"\ninput = \"x\"\ncountrry = 3\n");
     net.run(&["submit", &job]).refused(3, &["countrry", "3"]);
@@ -24,8 +33,12 @@ fn bad_input_is_named_and_changes_nothing() {
 
     // A prompt longer than the context fails the job with both lengths; nothing is billed.
     let long = "water ".repeat(5000);
-    let prompt = net.file("long.jsonl", format!("{}\n", serde_json::json!({ "prompt": long })));
-    net.run(&["generate", "--file", &prompt]).refused(8, &["context", "512"]);
+    let prompt = net.file(
+        "long.jsonl",
+        format!("{}\n", serde_json::json!({ "prompt": long })),
+    );
+    net.run(&["generate", "--file", &prompt])
+        .refused(8, &["context", "512"]);
     assert_eq!(net.run(&["balance", "--json"]).ok().out, before);
 }
 
@@ -35,16 +48,19 @@ fn broken_model_files_are_refused_before_anything_is_sent() {
     let mut gguf = karez_engine::shipped::MODEL.to_vec();
     gguf.truncate(gguf.len() / 2);
     let cut = net.file("cut.gguf", &gguf);
-    net.run(&["artifact", "add", &cut, "--model", "cut"]).refused(3, &["cut.gguf"]);
+    net.run(&["artifact", "add", &cut, "--model", "cut"])
+        .refused(3, &["cut.gguf"]);
     gguf[0] = b'X';
     let magic = net.file("magic.gguf", &gguf);
-    net.run(&["artifact", "add", &magic, "--model", "magic"]).refused(3, &["magic.gguf"]);
+    net.run(&["artifact", "add", &magic, "--model", "magic"])
+        .refused(3, &["magic.gguf"]);
     let dir = net.path("encoder");
     fs::create_dir(&dir).unwrap();
     fs::write(dir.join("config.json"), "{}").unwrap();
     fs::write(dir.join("tokenizer.json"), "{}").unwrap();
     fs::write(dir.join("model.safetensors"), [255; 64]).unwrap();
-    net.run(&["artifact", "add", dir.to_str().unwrap(), "--model", "enc"]).refused(3, &["model.safetensors"]);
+    net.run(&["artifact", "add", dir.to_str().unwrap(), "--model", "enc"])
+        .refused(3, &["model.safetensors"]);
     let models = net.run(&["models", "--json"]).ok().out;
     assert!(!models.contains("cut") && !models.contains("magic"), "{models}");
 }
@@ -76,12 +92,29 @@ fn keys_and_ports_and_absent_schedulers() {
     let dir2 = dir.path().join("scheduler");
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = taken.local_addr().unwrap().port();
-    run(&home, &["scheduler", "init", "--dir", dir2.to_str().unwrap(), "--institution", "some-lab"]).ok();
+    run(
+        &home,
+        &[
+            "scheduler",
+            "init",
+            "--dir",
+            dir2.to_str().unwrap(),
+            "--institution",
+            "some-lab",
+        ],
+    )
+    .ok();
     let settings = dir2.join("scheduler.toml");
     let text = fs::read_to_string(&settings).unwrap();
     let changed: String = text
         .lines()
-        .map(|line| if line.starts_with("listen = \"") && line.contains(":7400") { format!("listen = \"127.0.0.1:{port}\"\n") } else { format!("{line}\n") })
+        .map(|line| {
+            if line.starts_with("listen = \"") && line.contains(":7400") {
+                format!("listen = \"127.0.0.1:{port}\"\n")
+            } else {
+                format!("{line}\n")
+            }
+        })
         .collect();
     fs::write(&settings, changed).unwrap();
     let answer = run(&home, &["scheduler", "run", "--dir", dir2.to_str().unwrap()]);
@@ -96,7 +129,9 @@ fn keys_and_ports_and_absent_schedulers() {
 fn two_daemons_cannot_share_a_directory() {
     let net = Net::up();
     let dir = net.dir("lake-university");
-    let output = karez(&net.home, &["node", "run", "--dir", dir.to_str().unwrap()]).output().unwrap();
+    let output = karez(&net.home, &["node", "run", "--dir", dir.to_str().unwrap()])
+        .output()
+        .unwrap();
     assert!(!output.status.success());
     let err = String::from_utf8_lossy(&output.stderr);
     assert!(err.contains("lake-university"), "{err}");

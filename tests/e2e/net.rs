@@ -53,7 +53,11 @@ impl Answer {
 /// A `karez` command in that home.
 pub fn karez(home: &Path, args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_karez"));
-    command.args(args).env("KAREZ_HOME", home).env("NO_COLOR", "1").stdin(Stdio::null());
+    command
+        .args(args)
+        .env("KAREZ_HOME", home)
+        .env("NO_COLOR", "1")
+        .stdin(Stdio::null());
     command
 }
 
@@ -74,7 +78,11 @@ impl Net {
         let dir = tempfile::tempdir().unwrap();
         let home = dir.path().join("home");
         run(&home, &["up", "--json"]).ok();
-        Self { home, _dir: dir, own: Vec::new() }
+        Self {
+            home,
+            _dir: dir,
+            own: Vec::new(),
+        }
     }
 
     pub fn run(&self, args: &[&str]) -> Answer {
@@ -97,7 +105,10 @@ impl Net {
         let text = fs::read_to_string(self.home.join("up/network.toml")).unwrap();
         let table: toml::Table = toml::from_str(&text).unwrap();
         let all = table["process"].as_array().unwrap();
-        let one = all.iter().find(|p| p["name"].as_str().unwrap().contains(name)).unwrap();
+        let one = all
+            .iter()
+            .find(|p| p["name"].as_str().unwrap().contains(name))
+            .unwrap();
         i32::try_from(one["pid"].as_integer().unwrap()).unwrap()
     }
 
@@ -108,7 +119,11 @@ impl Net {
     /// Starts a process of the network again after it was killed.
     pub fn restart(&mut self, kind: &str, name: &str) {
         let dir = self.dir(name);
-        let log = fs::OpenOptions::new().append(true).create(true).open(self.path("restarted.log")).unwrap();
+        let log = fs::OpenOptions::new()
+            .append(true)
+            .create(true)
+            .open(self.path("restarted.log"))
+            .unwrap();
         let child = karez(&self.home, &[kind, "run", "--dir", dir.to_str().unwrap()])
             .stdout(log.try_clone().unwrap())
             .stderr(log)
@@ -119,7 +134,7 @@ impl Net {
 
     /// Submits `items` no-ops of `millis` each in parts of `part_items` and gives the job's id.
     pub fn noops(&self, items: usize, millis: u32, part_items: u32) -> String {
-        let input = self.file("noops.jsonl", "{}\n".repeat(items));
+        let input = self.file("noops.jsonl", "{\"text\":\"x\"}\n".repeat(items));
         let job = self.file(
             "noops.toml",
             format!(
@@ -127,7 +142,10 @@ impl Net {
             ),
         );
         let answer = self.run(&["submit", &job, "--detach", "--json"]).ok();
-        answer.json()["job"].as_str().unwrap_or_else(|| panic!("{answer:?}")).to_owned()
+        answer.json()["job"]
+            .as_str()
+            .unwrap_or_else(|| panic!("{answer:?}"))
+            .to_owned()
     }
 
     pub fn job(&self, id: &str) -> Value {
@@ -142,7 +160,9 @@ impl Net {
                 return None;
             }
             let job = answer.json();
-            ["done", "failed", "cancelled"].contains(&job["state"].as_str()?).then_some(job)
+            ["done", "failed", "cancelled"]
+                .contains(&job["state"].as_str()?)
+                .then_some(job)
         })
     }
 
@@ -153,7 +173,11 @@ impl Net {
             if let Some(answer) = ask() {
                 return answer;
             }
-            assert!(began.elapsed() < patience, "waited {patience:?} for {what}\n{}", self.logs());
+            assert!(
+                began.elapsed() < patience,
+                "waited {patience:?} for {what}\n{}",
+                self.logs()
+            );
             thread::sleep(Duration::from_millis(100));
         }
     }
@@ -161,8 +185,15 @@ impl Net {
     /// The ends of all logs, for a failed test's last words.
     pub fn logs(&self) -> String {
         let mut out = String::new();
-        let logs = fs::read_dir(self.home.join("up")).into_iter().flatten().flatten().map(|e| e.path());
-        for path in logs.filter(|p| p.extension().is_some_and(|e| e == "log")).chain([self.path("restarted.log")]) {
+        let logs = fs::read_dir(self.home.join("up"))
+            .into_iter()
+            .flatten()
+            .flatten()
+            .map(|e| e.path());
+        for path in logs
+            .filter(|p| p.extension().is_some_and(|e| e == "log"))
+            .chain([self.path("restarted.log")])
+        {
             let text = fs::read_to_string(&path).unwrap_or_default();
             let tail: Vec<&str> = text.lines().rev().take(15).collect();
             out += &format!("== {}\n", path.display());
@@ -177,7 +208,11 @@ impl Net {
         let file = file.to_str().unwrap();
         self.run(&["ledger", "export", "-o", file]).ok();
         self.run(&["ledger", "verify", file]).ok();
-        fs::read_to_string(file).unwrap().lines().map(|l| serde_json::from_str(l).unwrap()).collect()
+        fs::read_to_string(file)
+            .unwrap()
+            .lines()
+            .map(|l| serde_json::from_str(l).unwrap())
+            .collect()
     }
 }
 
