@@ -8,7 +8,8 @@ use tokio::sync::watch;
 /// The newest offer: a signed envelope. None before the first.
 pub(crate) type Newest = watch::Receiver<Option<Arc<Vec<u8>>>>;
 
-/// Runs until the node ends. Only ever the newest offer is sent; `told` hears what the scheduler says of it.
+/// Runs until the node ends. Only ever the newest offer is sent, once for each change of `newest`; `told` hears what
+/// the scheduler says of it.
 pub(crate) async fn advertise(
     peer: Peer,
     to: SchedulerId,
@@ -32,6 +33,11 @@ pub(crate) async fn advertise(
             };
             match peer.advertise(to.0, offer.to_vec()).await {
                 Ok(Answer::Accepted) => {
+                    heard("accepted".into());
+                    break;
+                }
+                // Sent again after a lost answer, or because a session began anew: it had it all along.
+                Ok(Answer::Refused { reason }) if reason.contains("known already") => {
                     heard("accepted".into());
                     break;
                 }

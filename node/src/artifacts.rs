@@ -3,7 +3,7 @@
 //! The store and the wire are `karez-net`'s; here is the owner's side of it: schedulers may read everything (they
 //! placed it), anybody else only models, and nobody may leave anything here.
 use karez_core::{
-    artifact::ArtifactRef,
+    artifact::{ArtifactKind, ArtifactRef},
     exchange,
     id::Digest,
     key::{PublicKey, SchedulerId, SecretKey},
@@ -11,7 +11,7 @@ use karez_core::{
     unit::Bytes,
 };
 use karez_net::{
-    store::{ArtifactStore, Pin},
+    store::{ArtifactStore, Pin, StoreError},
     transfer::{Holder, Op, TransferError, TransferPolicy, Transfers},
 };
 use std::{
@@ -26,6 +26,25 @@ use std::{
 
 /// Models remembered as such; the store rarely has room for more.
 const MODELS_MAX: usize = 4096;
+
+/// A model in the form of files; it stays in the store, and the files where they are, while this lives.
+#[derive(Debug)]
+pub(crate) struct Model {
+    pub(crate) path: PathBuf,
+    _view: Option<View>,
+    _pin: Pin,
+}
+
+/// A directory of links, gone when dropped.
+#[derive(Debug)]
+struct View(PathBuf);
+
+impl Drop for View {
+    fn drop(&mut self) {
+        // A few links; what remains is swept at the next start.
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
 
 /// Store and transfers. Clones share them.
 #[derive(Clone)]
@@ -168,25 +187,31 @@ impl Artifacts {
         blocking(move || store.path(&artifact)).await
     }
 
-    /// A directory of its files under `scratch`, made once and shared by all who need it.
-    pub(crate) async fn view(&self, artifact: &ArtifactRef, scratch: &Path) -> Result<PathBuf, String> {
+    /// A model as an engine can open it: the file itself, or a directory of its files under `scratch`.
+    pub(crate) async fn model(&self, artifact: &ArtifactRef, scratch: &Path) -> Result<Model, String> {
         let (store, artifact) = (self.store.clone(), *artifact);
-        let path = scratch.join(format!("model-{}", artifact.digest));
+        let name = format!(
+            "model-{}-{:016x}",
+            artifact.digest.short(),
+            getrandom::u64().unwrap_or_default()
+        );
+        let view = scratch.join(name);
         blocking(move || {
-            if !path.exists() {
-                // Made beside and renamed, so that what exists is whole.
-                let draft = path.with_extension(format!("{}", getrandom::u64().unwrap_or_default()));
-                let made = store.link(&artifact, &draft).map_err(|e| e.to_string());
-                let made = made.and_then(|()| std::fs::rename(&draft, &path).map_err(|e| e.to_string()));
-                if let Err(why) = made {
-                    let _ = std::fs::remove_dir_all(&draft);
-                    // Another lease may have been quicker.
-                    if !path.exists() {
-                        return Err(why);
-                    }
+            let pin = store.pin(&artifact)?;
+            let (path, view) = match artifact.kind {
+                ArtifactKind::Blob => (store.path(&artifact)?, None),
+                ArtifactKind::Tree => {
+                    // Removed by its guard even when linking stops half-way.
+                    let guard = View(view);
+                    store.link(&artifact, &guard.0)?;
+                    (guard.0.clone(), Some(guard))
                 }
-            }
-            Ok(path)
+            };
+            Ok::<_, StoreError>(Model {
+                path,
+                _view: view,
+                _pin: pin,
+            })
         })
         .await
     }

@@ -205,6 +205,13 @@ struct Known {
     artifact_addrs: ArtifactAddrs,
 }
 
+/// A lease that uses the machine now.
+struct Guest {
+    stopper: Stopper,
+    /// The GPUs it has to itself.
+    gpus: Vec<String>,
+}
+
 struct Daemon {
     began: Instant,
     config: NodeConfig,
@@ -221,7 +228,7 @@ struct Daemon {
     requests: mpsc::Receiver<Request>,
     links: BTreeMap<SchedulerId, Link>,
     known: BTreeMap<SchedulerId, Known>,
-    guests: BTreeMap<LeaseKey, Stopper>,
+    guests: BTreeMap<LeaseKey, Guest>,
     fetches: BTreeMap<LeaseKey, AbortHandle>,
     pins: BTreeMap<LeaseKey, Vec<Pin>>,
     /// The shell's own changes, stored with the next batch.
@@ -327,6 +334,8 @@ impl Daemon {
                     known.why.clear();
                 }
                 self.refresh_serving();
+                // A scheduler that was restarted has forgotten all offers.
+                self.offers.send_modify(|_| {});
                 return;
             }
             Input::OfferHeard { scheduler, text } => {
@@ -398,7 +407,7 @@ impl Daemon {
         self.leaving = true;
         self.tools.warm.close();
         for guest in self.guests.values() {
-            guest.stop(LEAVE_GRACE);
+            guest.stopper.stop(LEAVE_GRACE);
         }
         let mut out = Vec::new();
         for (key, fetch) in std::mem::take(&mut self.fetches) {

@@ -67,6 +67,8 @@ pub struct FoundDevice {
     pub count: u32,
     /// Memory of one.
     pub memory: Bytes,
+    /// Which ones, by the driver's names; empty for CPUs.
+    pub gpus: Vec<String>,
 }
 
 /// What is kept between starts.
@@ -151,6 +153,7 @@ fn describe(
             class: format!("cpu/{}", machine.isa),
             count: limits.cpu_slots,
             memory: Bytes(memory_lent.0 / u64::from(limits.cpu_slots)),
+            gpus: Vec::new(),
         });
     }
     let mut gpus: BTreeMap<String, FoundDevice> = BTreeMap::new();
@@ -164,8 +167,10 @@ fn describe(
             class,
             count: 0,
             memory: Bytes(u64::MAX),
+            gpus: Vec::new(),
         });
         device.count += 1;
+        device.gpus.push(found.uuid.clone());
         device.memory = device.memory.min(Bytes(found.memory.0));
     }
     if gpus.is_empty() {

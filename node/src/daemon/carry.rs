@@ -1,5 +1,5 @@
 //! Carrying effects out: first to the disk, then to the world.
-use super::{Daemon, DaemonError, INPUTS_MAX, Input, MODELS};
+use super::{Daemon, DaemonError, Guest, INPUTS_MAX, Input, MODELS};
 use crate::{
     artifacts::at_host,
     control::Request,
@@ -110,7 +110,9 @@ impl Daemon {
             if owner == OwnerCommand::Reclaim {
                 self.tools.warm.close();
                 for guest in self.guests.values() {
-                    guest.stop(Duration::from_millis(self.config.timing.reclaim_grace.0));
+                    guest
+                        .stopper
+                        .stop(Duration::from_millis(self.config.timing.reclaim_grace.0));
                 }
             }
             self.waiting.push_front(Input::from(Event::Owner(owner)));
@@ -161,7 +163,7 @@ impl Daemon {
                 if let Some(guest) = self.guests.get(&key) {
                     // Killing takes a moment too, and the owner's deadline is the owner's.
                     let margin = (grace.0 / 4).min(250);
-                    guest.stop(Duration::from_millis(grace.0 - margin));
+                    guest.stopper.stop(Duration::from_millis(grace.0 - margin));
                 }
             }
             Effect::Push { key, to, artifact } => self.push(key, to, artifact),
@@ -228,6 +230,13 @@ impl Daemon {
         }
         let device = self.found.devices.iter().find(|d| d.class == device_class);
         let (count, memory) = device.map_or((1, Bytes::ZERO), |d| (d.count.max(1), d.memory));
+        // The agent promises no more devices than there are, so the free ones suffice.
+        let taken: BTreeSet<&String> = self.guests.values().flat_map(|guest| &guest.gpus).collect();
+        let free = device
+            .into_iter()
+            .flat_map(|d| &d.gpus)
+            .filter(|gpu| !taken.contains(gpu));
+        let gpus: Vec<String> = free.take(devices as usize).cloned().collect();
         let share = (u32::from(self.found.threads) / count)
             .max(1)
             .saturating_mul(devices);
@@ -238,11 +247,11 @@ impl Daemon {
             items,
             threads: u16::try_from(share).unwrap_or(u16::MAX).min(self.found.threads),
             memory: Bytes(memory.0.saturating_mul(devices.into())),
-            gpu: device_class.starts_with("cuda/"),
+            gpus: gpus.clone(),
             context_tokens: self.config.limits.context_tokens,
         };
         let (stopper, stopped) = stop();
-        self.guests.insert(key, stopper);
+        self.guests.insert(key, Guest { stopper, gpus });
         if let Some(link) = self.links.get(&job.order.scheduler) {
             link.log(
                 key,

@@ -32,7 +32,7 @@ type Said = mpsc::Sender<Result<wire::SchedulerMessage, Status>>;
 /// What the scheduler hears: each session, then each message.
 enum Heard {
     Session(Said),
-    Node(FromNode),
+    Node(Box<FromNode>),
 }
 
 struct Fake {
@@ -67,7 +67,7 @@ impl Control for Fake {
         let mut messages = request.into_inner();
         tokio::spawn(async move {
             while let Some(Ok(message)) = messages.next().await {
-                let _ = tell.send(Heard::Node(FromNode::try_from(message).unwrap()));
+                let _ = tell.send(Heard::Node(Box::new(FromNode::try_from(message).unwrap())));
             }
         });
         Ok(Response::new(ReceiverStream::new(said)))
@@ -237,7 +237,7 @@ impl World {
             let heard = tokio::time::timeout(Duration::from_secs(20), self.heard.recv()).await;
             match heard.expect("the node is silent").unwrap() {
                 Heard::Session(say) => self.say = Some(say),
-                Heard::Node(said) => return said,
+                Heard::Node(said) => return *said,
             }
         }
     }

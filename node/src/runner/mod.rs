@@ -13,7 +13,6 @@ use crate::{artifacts::Artifacts, stop::Stopped};
 use input::{Asked, Item, Lines};
 use karez_core::{
     agent::{Exit, WorkerMeters},
-    artifact::ArtifactKind,
     id::LeaseKey,
     records::{Order, Verified, Work},
     unit::{Bytes, Millis},
@@ -58,8 +57,8 @@ pub(crate) struct Job {
     pub(crate) threads: u16,
     /// Memory the model may use.
     pub(crate) memory: Bytes,
-    /// Whether the device is a GPU.
-    pub(crate) gpu: bool,
+    /// The GPUs it has to itself; none on a CPU.
+    pub(crate) gpus: Vec<String>,
     /// Tokens of context the owner allows.
     pub(crate) context_tokens: Option<u32>,
 }
@@ -310,21 +309,17 @@ impl Running {
             kind,
             model,
             threads: job.threads,
-            gpu: job.gpu,
+            gpus: job.gpus.clone(),
         };
         if let Some(lent) = tools.warm.take(&key) {
             return Ok(lent);
         }
-        let pin = tools.artifacts.pin(&model).await.map_err(Failure::Node)?;
-        let path = match model.kind {
-            ArtifactKind::Blob => tools.artifacts.path(&model).await.map_err(Failure::Node)?,
-            ArtifactKind::Tree => tools
-                .artifacts
-                .view(&model, &tools.scratch)
-                .await
-                .map_err(Failure::Node)?,
-        };
-        let inspected = path.clone();
+        let files = tools
+            .artifacts
+            .model(&model, &tools.scratch)
+            .await
+            .map_err(Failure::Node)?;
+        let inspected = files.path.clone();
         let file = tokio::task::spawn_blocking(move || karez_engine::inspect::inspect(&inspected))
             .await
             .map_err(|_| Failure::Node("the model could not be inspected".into()))??;
@@ -341,12 +336,12 @@ impl Running {
             context_tokens: context,
             threads: Some(job.threads),
             memory_limit: Some(karez_engine::unit::Bytes(job.memory.0)),
-            gpu_layers: if job.gpu { None } else { Some(0) },
-            ..Load::new(kind, path)
+            gpu_layers: job.gpus.is_empty().then_some(0),
+            ..Load::new(kind, files.path.clone())
         };
         let lent = tools
             .warm
-            .start(key, load, Bytes(estimate.0), pin, LOAD_MAX)
+            .start(key, load, Bytes(estimate.0), files, LOAD_MAX)
             .await?;
         tracing::info!(lease = %job.key, model = %model.digest.short(), pid = lent.worker().pid(), "model loaded");
         Ok(lent)

@@ -69,7 +69,7 @@ fn job(bench: &Bench, work: Work, input: &[u8], first_item: u64, items: u64) -> 
         items,
         threads: 1,
         memory: Bytes(1 << 30),
-        gpu: false,
+        gpus: Vec::new(),
         context_tokens: None,
     }
 }

@@ -2,14 +2,14 @@
 //!
 //! Bounded by the memory the owner lends: a new worker makes the idle ones leave, the longest unused first. An idle
 //! worker leaves by itself after a while, and at once when the owner reclaims.
-use crate::daemon::WorkerProgram;
+use crate::{artifacts::Model, daemon::WorkerProgram};
 use karez_core::{artifact::ArtifactRef, unit::Bytes};
 use karez_engine::{
     EngineError, SpawnOptions, Worker,
     protocol::{Load, LoadKind},
 };
-use karez_net::store::Pin;
 use std::{
+    ffi::OsString,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
@@ -26,7 +26,8 @@ pub(super) struct ModelKey {
     pub(super) kind: LoadKind,
     pub(super) model: ArtifactRef,
     pub(super) threads: u16,
-    pub(super) gpu: bool,
+    /// The GPUs it sees.
+    pub(super) gpus: Vec<String>,
 }
 
 /// All workers of the node.
@@ -61,7 +62,7 @@ pub(super) struct Lent {
     key: ModelKey,
     worker: Worker,
     /// The model must stay in the store while the worker maps it.
-    _model: Pin,
+    _model: Model,
     _memory: Reserved,
 }
 
@@ -133,16 +134,19 @@ impl Warm {
         key: ModelKey,
         load: Load,
         memory: Bytes,
-        model: Pin,
+        model: Model,
         load_max: Duration,
     ) -> Result<Lent, EngineError> {
         let none = || EngineError::Unsupported {
             reason: "this node has no worker program".into(),
         };
         let program = self.program.as_ref().ok_or_else(none)?;
-        let reserved = self.reserve(memory, key.gpu)?;
+        let reserved = self.reserve(memory, &key.gpus)?;
+        // It sees the GPUs of its lease and no others; on a CPU, none.
+        let visible = OsString::from(key.gpus.join(","));
+        let env = vec![("CUDA_VISIBLE_DEVICES".into(), visible)];
         let options = SpawnOptions {
-            env: Vec::new(),
+            env,
             silence_max: Some(super::SILENCE_MAX),
         };
         let worker = Worker::spawn(&program.path, &program.args, options).await?;
@@ -155,13 +159,13 @@ impl Warm {
         })
     }
 
-    fn reserve(&self, memory: Bytes, gpu: bool) -> Result<Reserved, EngineError> {
+    fn reserve(&self, memory: Bytes, gpus: &[String]) -> Result<Reserved, EngineError> {
         // What a GPU holds is not memory of the machine; idle workers leave it all the same.
-        let bytes = if gpu { 0 } else { memory.0 };
+        let bytes = if gpus.is_empty() { memory.0 } else { 0 };
         let mut state = self.state();
-        if gpu {
-            state.idle.retain(|idle| !idle.lent.key.gpu);
-        }
+        state
+            .idle
+            .retain(|idle| !idle.lent.key.gpus.iter().any(|gpu| gpus.contains(gpu)));
         loop {
             let used = self.used.load(Ordering::Relaxed);
             if used.saturating_add(bytes) <= self.memory.0 {
