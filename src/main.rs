@@ -71,7 +71,7 @@ fn log(cli: &Cli) {
         _ => "trace",
     };
     let filter = EnvFilter::try_from_default_env()
-        .unwrap_or_else(|_| EnvFilter::new(format!("{default},libp2p=warn")));
+        .unwrap_or_else(|_| EnvFilter::new(format!("{default},libp2p=warn,libp2p_kad=error,libp2p_gossipsub=error")));
     let plain = std::env::var_os("NO_COLOR").is_some_and(|v| !v.is_empty())
         || !std::io::IsTerminal::is_terminal(&std::io::stderr());
     // A second subscriber can only be a test's: then that one stands.

@@ -106,15 +106,12 @@ impl Plan {
         let price = if c.rate == Rate::FREE {
             "donated".to_string()
         } else {
-            format!("{} credits/h", Credits(c.rate.0))
+            format!("{} credits/h, about {} credits", Credits(c.rate.0), c.cost)
         };
         if self.feasible <= 1 {
             format!("the only free node that may run it ({price})")
         } else {
-            format!(
-                "cheapest finished work of {} free nodes ({price}, about {} credits)",
-                self.feasible, c.cost
-            )
+            format!("cheapest finished work of {} free nodes ({price})", self.feasible)
         }
     }
 }

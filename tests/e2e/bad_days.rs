@@ -6,6 +6,8 @@ use std::{
     collections::BTreeSet,
     io::Write,
     net::{TcpStream, UdpSocket},
+    path::{Path, PathBuf},
+    process::Command,
     thread,
     time::{Duration, Instant},
 };
@@ -199,6 +201,60 @@ fn ports_of(pid: i32) -> (Vec<u16>, Vec<u16>) {
             .collect::<Vec<u16>>()
     };
     (read("tcp", Some("0A")), read("udp", None))
+}
+
+#[test]
+fn a_full_disk_refuses_new_work_and_loses_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let disk = Disk(dir.path().join("disk"));
+    std::fs::create_dir(&disk.0).unwrap();
+    let mounted = Command::new("mount")
+        .args(["-t", "tmpfs", "-o", "size=192m", "tmpfs"])
+        .arg(&disk.0)
+        .output()
+        .is_ok_and(|o| o.status.success());
+    if !mounted {
+        println!("skipped: a small file system cannot be mounted without privileges");
+        return;
+    }
+    let net = Net::up_in(disk.0.join("home"));
+    let before = net.noops(3, 0, 1);
+    net.ended(&before, Duration::from_secs(30));
+    let filler = disk.0.join("filler");
+    fill(&filler);
+    let input = net.file("more.jsonl", "{\"text\":\"x\"}\n");
+    let job = net.file("more.toml", format!("work = \"noop\"\ninput = {input:?}\n[noop]\nmillis_per_item = 0\n"));
+    let refused = net.run(&["submit", &job, "--detach"]);
+    assert_ne!(refused.code, 0, "{refused:?}");
+    let text = refused.err.to_lowercase();
+    assert!(text.contains("disk") || text.contains("space"), "{refused:?}");
+    std::fs::remove_file(&filler).unwrap();
+    // Room again: everything goes on, and what was settled before still is.
+    let after = net.until(Duration::from_secs(60), "work to be accepted again", || {
+        let answer = net.run(&["submit", &job, "--detach", "--json"]);
+        (answer.code == 0).then(|| answer.json()["job"].as_str().unwrap().to_owned())
+    });
+    net.ended(&after, Duration::from_secs(60));
+    billed_once(&net, &before, 3);
+    billed_once(&net, &after, 1);
+    drop(net);
+}
+
+/// A mounted file system that goes away with the test.
+struct Disk(PathBuf);
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("-l").arg(&self.0).output();
+    }
+}
+
+/// Writes until nothing more fits.
+fn fill(path: &Path) {
+    let mut file = std::fs::File::create(path).unwrap();
+    let block = vec![7; 1 << 16];
+    while file.write_all(&block).is_ok() {}
+    while file.write_all(&block[..512]).is_ok() {}
 }
 
 #[test]

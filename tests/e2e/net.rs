@@ -77,12 +77,17 @@ impl Net {
     pub fn up() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let home = dir.path().join("home");
+        Self::start(dir, home)
+    }
+
+    /// The same with its home on another file system.
+    pub fn up_in(home: PathBuf) -> Self {
+        Self::start(tempfile::tempdir().unwrap(), home)
+    }
+
+    fn start(dir: TempDir, home: PathBuf) -> Self {
         run(&home, &["up", "--json"]).ok();
-        Self {
-            home,
-            _dir: dir,
-            own: Vec::new(),
-        }
+        Self { home, _dir: dir, own: Vec::new() }
     }
 
     pub fn run(&self, args: &[&str]) -> Answer {

@@ -849,10 +849,14 @@ impl Controller {
         part.changed_at = now.utc;
         part.cause.clone_from(&cause);
         let mut changes = vec![put(PARTS, &part_row(key.job, key.part), part)];
+        let place = match &part.plan {
+            Some(plan) if part.in_flight() => format!(" on {}", plan.chosen.name),
+            _ => String::new(),
+        };
         let text = if cause.is_empty() {
-            state.as_str().to_string()
+            format!("{}{place}", state.as_str())
         } else {
-            format!("{}: {cause}", state.as_str())
+            format!("{}{place}: {cause}", state.as_str())
         };
         job.note(now.utc, Some(key.part), text);
         let of_parts = job.state_of_parts();
@@ -986,13 +990,7 @@ impl Controller {
         part.fence += 1;
         part.asked_at = now.utc;
         part.items_done = 0;
-        let why = format!(
-            "on {} ({}, {}): {}",
-            chosen.name,
-            chosen.institution,
-            chosen.country,
-            plan.why()
-        );
+        let why = plan.why();
         part.plan = Some(plan.clone());
         let Some(job) = self.jobs.get(&id) else { return };
         let part = &job.parts[index as usize];
