@@ -9,6 +9,8 @@ mod admission;
 mod billing;
 mod job;
 mod mind;
+#[cfg(test)]
+mod tests;
 mod view;
 
 pub use admission::{Member, REDEMPTIONS_MAX};

@@ -1,0 +1,839 @@
+//! The controller alone, event by event: what it places, believes, bills and keeps.
+use super::*;
+use crate::{
+    artifact::{ArtifactKind, ArtifactRef},
+    exchange::{FinishedLease, Held, LeaseAsk, Phase, Refusal, Report},
+    id::{Digest, LeaseKey},
+    market::tests::{node_of, offer_of, secret_of},
+    money::{Account, Accounts, PostingKind},
+    records::{
+        Constraints, Flag, Lease, MeterReading, Meters, Outcome, PARTS_MAX, Receipt, Signed, Usage, Work,
+    },
+    store::{Change, Stored},
+    unit::{Bytes, DeviceMillis, MonoMillis, Now, Rate, UtcMillis},
+};
+use alloc::boxed::Box;
+use proptest::prelude::*;
+
+const START: u64 = 1_000_000;
+
+fn config() -> ControllerConfig {
+    ControllerConfig {
+        secret: secret_of("scheduler"),
+        name: "scheduler".into(),
+        artifact_addrs: Vec::new(),
+        admission: Admission::Invited,
+        heartbeat: Millis(2_000),
+        lease_ttl: Millis(15_000),
+        reconnect_grace: Millis(8_000),
+        ask_timeout: Millis(4_000),
+        jobs_open_max: 100,
+        jobs_open_user_max: 50,
+        jobs_kept: 2,
+        device_time_max: Millis(3_600_000),
+    }
+}
+
+struct Bench {
+    c: Controller,
+    disk: BTreeMap<(&'static str, Vec<u8>), Vec<u8>>,
+    posted: Vec<PostingKind>,
+    booked: Accounts,
+    now: u64,
+    base: u64,
+    sequence: u64,
+}
+
+impl Bench {
+    /// A scheduler with connected nodes, written as in `market_of`, and a user with ten credits.
+    fn new(nodes: &str) -> Self {
+        let c = Controller::restore(config(), Now::default(), &[], Accounts::default()).unwrap();
+        let mut bench = Self {
+            c,
+            disk: BTreeMap::new(),
+            posted: Vec::new(),
+            booked: Accounts::default(),
+            now: START,
+            base: 0,
+            sequence: 0,
+        };
+        bench.tell(Event::Started);
+        bench.admit("user", Role::User, Credits(10_000_000));
+        for text in nodes.split_whitespace() {
+            let name = text.split(':').next().unwrap();
+            bench.admit(name, Role::Node, Credits::ZERO);
+            bench.tell(Event::NodeConnected(node_of(name)));
+            bench.offer(text);
+        }
+        bench
+    }
+
+    fn admit(&mut self, name: &str, role: Role, credits: Credits) {
+        let member = Member {
+            role,
+            institution: "uni-nairobi".parse().unwrap(),
+            name: name.into(),
+            since: UtcMillis(0),
+        };
+        self.tell(Event::Admit {
+            request: RequestId(0),
+            key: PublicKey::of(&secret_of(name)),
+            member,
+            credits,
+        });
+    }
+
+    fn offer(&mut self, text: &str) -> String {
+        self.sequence += 1;
+        let mut offer = offer_of(text, self.sequence).into_inner();
+        offer.issued_at = UtcMillis(self.now);
+        offer.expires_at = UtcMillis(self.now + 3_600_000);
+        let (from, name) = (offer.node.0, offer.name.clone());
+        let offer = Signed::sign(offer, &secret_of(&name));
+        let out = self.tell(Event::Offer {
+            request: RequestId(0),
+            from,
+            offer,
+        });
+        brief(&out)
+    }
+
+    fn clock(&self) -> Now {
+        Now {
+            utc: UtcMillis(self.now),
+            mono: MonoMillis(self.now - self.base),
+        }
+    }
+
+    fn tell(&mut self, event: Event) -> Vec<Effect> {
+        let mut out = Vec::new();
+        self.c.handle(self.clock(), event, &mut out);
+        assert!(
+            self.c.wake_at() > self.clock().mono,
+            "it asks to be woken in the past"
+        );
+        let mut rest = Vec::new();
+        for effect in out {
+            match effect {
+                Effect::Persist(changes) => {
+                    for change in changes {
+                        match change {
+                            Change::Put { table, key, value } => {
+                                self.disk.insert((table, key), value);
+                            }
+                            Change::Delete { table, key } => {
+                                self.disk.remove(&(table, key));
+                            }
+                            Change::Post { posting, .. } => {
+                                self.booked.apply(&posting).unwrap();
+                                self.posted.push(posting.kind);
+                            }
+                        }
+                    }
+                }
+                Effect::Changed(_) | Effect::Log(_) => {}
+                other => rest.push(other),
+            }
+        }
+        assert_eq!(*self.c.accounts(), self.booked);
+        rest
+    }
+
+    fn wait(&mut self, ms: u64) -> Vec<Effect> {
+        let until = self.now + ms;
+        let mut out = Vec::new();
+        loop {
+            let wake = self.c.wake_at().0.saturating_add(self.base);
+            if wake > until {
+                self.now = until;
+                return out;
+            }
+            self.now = wake;
+            out.extend(self.tell(Event::Tick));
+        }
+    }
+
+    fn restart(&mut self) {
+        self.now += 1_000;
+        self.base = self.now - 5;
+        let stored: Vec<Stored> = self
+            .disk
+            .iter()
+            .map(|((table, key), value)| Stored {
+                table: (*table).into(),
+                key: key.clone(),
+                value: value.clone(),
+            })
+            .collect();
+        self.c = Controller::restore(config(), self.clock(), &stored, self.booked.clone()).unwrap();
+        self.tell(Event::Started);
+    }
+
+    fn submit(&mut self, order: &Verified<Order>) -> Vec<Effect> {
+        self.tell(Event::Submit {
+            request: RequestId(1),
+            caller: order.user.0,
+            order: order.clone(),
+            label: String::new(),
+            wait: true,
+        })
+    }
+
+    fn hear(&mut self, name: &str, message: ToScheduler) -> Vec<Effect> {
+        self.tell(Event::Heard(node_of(name), message))
+    }
+
+    fn report(&mut self, name: &str, held: &[(LeaseKey, Phase)]) -> Vec<Effect> {
+        let held = held
+            .iter()
+            .map(|(key, phase)| Held {
+                key: *key,
+                phase: *phase,
+                items_done: 1,
+                tokens: 0,
+            })
+            .collect();
+        self.hear(name, ToScheduler::Report(Report { sequence: 1, held }))
+    }
+
+    fn part(&self, key: &LeaseKey) -> PartView {
+        self.c.job(&key.job).unwrap().parts[key.part as usize].clone()
+    }
+}
+
+fn order(nonce: u64, change: impl FnOnce(&mut Order)) -> Verified<Order> {
+    let user = secret_of("user");
+    let mut order = Order {
+        user: UserId(PublicKey::of(&user)),
+        institution: "uni-nairobi".parse().unwrap(),
+        scheduler: config().id(),
+        work: Work::Noop { millis_per_item: 100 },
+        input: ArtifactRef {
+            digest: Digest::of(b"input"),
+            bytes: Bytes(100),
+            kind: ArtifactKind::Blob,
+        },
+        items: 10,
+        items_per_part: 10,
+        constraints: Constraints::default(),
+        credits_max: Credits(1_000_000),
+        attempts_max: 3,
+        nonce,
+        issued_at: UtcMillis(START),
+        expires_at: UtcMillis(START + 600_000),
+    };
+    change(&mut order);
+    Signed::sign(order, &user)
+}
+
+fn asks(effects: &[Effect]) -> Vec<(NodeId, LeaseAsk)> {
+    effects
+        .iter()
+        .filter_map(|e| match e {
+            Effect::Send(node, ToNode::Ask(ask)) => Some((*node, (**ask).clone())),
+            _ => None,
+        })
+        .collect()
+}
+
+fn the_ask(effects: &[Effect]) -> (NodeId, LeaseAsk) {
+    let mut all = asks(effects);
+    assert_eq!(all.len(), 1, "{}", brief(effects));
+    all.remove(0)
+}
+
+fn brief(effects: &[Effect]) -> String {
+    let name = |node: &NodeId| {
+        ["a", "b", "c", "d"]
+            .into_iter()
+            .find(|n| node_of(n) == *node)
+            .unwrap_or("?")
+    };
+    let one = |effect: &Effect| match effect {
+        Effect::Send(node, ToNode::Ask(ask)) => format!("ask {} #{}", name(node), ask.key.fence),
+        Effect::Send(node, ToNode::Stop { .. }) => format!("stop {}", name(node)),
+        Effect::Send(node, ToNode::Settled { receipt, why, .. }) => match receipt {
+            Some(r) => format!("settled {} for {}", name(node), r.credits.0),
+            None => format!("settled {}: {why}", name(node)),
+        },
+        Effect::Send(node, ToNode::Renewed { renewals, stops, .. }) => {
+            format!(
+                "{} goes on with {}, stops {}",
+                name(node),
+                renewals.len(),
+                stops.len()
+            )
+        }
+        Effect::Reply(_, Reply::Refused(denial)) => format!("refused: {denial}"),
+        Effect::Reply(_, reply) => format!("{reply:?}")
+            .chars()
+            .take_while(|c| c.is_alphabetic())
+            .collect(),
+        other => format!("{other:?}"),
+    };
+    effects.iter().map(one).collect::<Vec<_>>().join(", ")
+}
+
+fn grant(node: &str, ask: &LeaseAsk, change: impl FnOnce(&mut Lease)) -> Verified<Lease> {
+    let mut lease = Lease {
+        job: ask.key.job,
+        part: ask.key.part,
+        fence: ask.key.fence,
+        node: node_of(node),
+        scheduler: config().id(),
+        institution: "uni-nairobi".parse().unwrap(),
+        device_class: ask.device_class.clone(),
+        devices: 1,
+        rate: ask.rate,
+        device_ms_max: ask.device_ms_max,
+        first_item: ask.first_item,
+        items: ask.items,
+        granted_at: UtcMillis(START),
+        expires_at: UtcMillis(START + 15_000),
+    };
+    change(&mut lease);
+    Signed::sign(lease, &secret_of(node))
+}
+
+/// The trail of a lease that ended after `ms`.
+fn finished(node: &str, lease: Verified<Lease>, ms: u64, change: impl FnOnce(&mut Usage)) -> FinishedLease {
+    let meters = Meters {
+        device_ms: DeviceMillis(ms),
+        items: lease.items,
+        ..Meters::default()
+    };
+    let reading = Signed::sign(
+        MeterReading {
+            lease: lease.id(),
+            node: lease.node,
+            sequence: 0,
+            previous: None,
+            meters,
+            method: "test/1".into(),
+            taken_at: UtcMillis(START),
+            mono: MonoMillis(1),
+        },
+        &secret_of(node),
+    );
+    let mut usage = Usage {
+        lease: lease.id(),
+        node: lease.node,
+        last_reading: reading.id(),
+        readings: 1,
+        meters,
+        outcome: Outcome::Done,
+        cause: String::new(),
+        retryable: false,
+        result: Some(ArtifactRef {
+            digest: Digest::of(b"result"),
+            bytes: Bytes(3),
+            kind: ArtifactKind::Blob,
+        }),
+        started_at: UtcMillis(START),
+        ended_at: UtcMillis(START),
+    };
+    change(&mut usage);
+    FinishedLease {
+        lease,
+        readings: vec![reading],
+        usage: Signed::sign(usage, &secret_of(node)),
+    }
+}
+
+fn done(finished: FinishedLease) -> ToScheduler {
+    ToScheduler::Finished(Box::new(finished))
+}
+
+fn failed(usage: &mut Usage) {
+    usage.outcome = Outcome::Failed;
+    usage.cause = "the device fell off the bus".into();
+    usage.retryable = true;
+    usage.result = None;
+}
+
+fn receipt_in(effects: &[Effect]) -> Verified<Receipt> {
+    effects
+        .iter()
+        .find_map(|e| match e {
+            Effect::Send(_, ToNode::Settled { receipt, .. }) => receipt.clone(),
+            _ => None,
+        })
+        .unwrap()
+}
+
+#[test]
+fn a_job_is_placed_run_billed_and_its_rest_given_back() {
+    let mut bench = Bench::new("a:1gpu@2 b:1gpu@1");
+    let order = order(1, |_| {});
+    let out = bench.submit(&order);
+    assert_eq!(brief(&out), "Submitted, ask b #1");
+    assert_eq!(
+        bench.c.budget(order.user),
+        Credits(9_000_000),
+        "its ceiling is set aside"
+    );
+    let (_, ask) = the_ask(&out);
+    let lease = grant("b", &ask, |_| {});
+    bench.hear("b", ToScheduler::Granted(lease.clone()));
+    assert_eq!(bench.part(&ask.key).state, JobState::Running);
+    bench.now += 3_600;
+    let out = bench.hear("b", done(finished("b", lease.clone(), 3_600, |_| {})));
+    assert_eq!(brief(&out), "settled b for 1000");
+    let job = bench.c.job(&ask.key.job).unwrap();
+    assert_eq!(
+        (job.state, job.spent, job.items_done),
+        (JobState::Done, Credits(1_000), 10)
+    );
+    assert_eq!(bench.c.budget(order.user), Credits(9_999_000));
+    assert_eq!(
+        bench.posted,
+        [
+            PostingKind::Grant,
+            PostingKind::Reserve,
+            PostingKind::Settle,
+            PostingKind::Release
+        ]
+    );
+    // The usage comes again, because its acknowledgement was lost: nothing is billed twice.
+    let again = bench.hear("b", done(finished("b", lease, 3_600, |_| {})));
+    assert_eq!(brief(&again), "settled b: another attempt counts");
+    assert_eq!(bench.posted.len(), 4);
+    bench.restart();
+    assert_eq!(
+        bench.c.job(&ask.key.job).unwrap().items_done,
+        10,
+        "what is done stays done"
+    );
+}
+
+#[test]
+fn a_refused_order_leaves_no_trace() {
+    type Change = fn(&mut Order);
+    let cases: [(&str, Change, &str); 8] = [
+        (
+            "over budget",
+            |o| o.credits_max = Credits(10_000_001),
+            "the budget holds 10.000000",
+        ),
+        (
+            "another scheduler's",
+            |o| o.scheduler = SchedulerId(PublicKey([1; 32])),
+            "the order is for another",
+        ),
+        (
+            "another institution's",
+            |o| o.institution = "usp-brazil".parse().unwrap(),
+            "the order names usp",
+        ),
+        (
+            "expired",
+            |o| o.expires_at = UtcMillis(START),
+            "the order is dated wrongly",
+        ),
+        (
+            "of the future",
+            |o| o.issued_at = UtcMillis(START + 400_000),
+            "the order is dated wrongly",
+        ),
+        (
+            "acceptable for years",
+            |o| o.expires_at = UtcMillis(START + ORDER_LIFE_MAX.0 * 2),
+            "the order may be accepted for too long",
+        ),
+        (
+            "contradictory",
+            |o| {
+                o.constraints.countries = vec!["KE".parse().unwrap()];
+                o.constraints.countries_excluded = vec!["KE".parse().unwrap()];
+            },
+            "the order contradicts itself",
+        ),
+        (
+            "impossible",
+            |o| o.constraints.device = "tpu".into(),
+            "none of 1 known nodes can run it",
+        ),
+    ];
+    for (name, change, expected) in cases {
+        let mut bench = Bench::new("a:1gpu@1");
+        let (disk, posted) = (bench.disk.clone(), bench.posted.len());
+        let order = order(1, change);
+        let out = bench.tell(Event::Submit {
+            request: RequestId(1),
+            caller: PublicKey::of(&secret_of("user")),
+            order,
+            label: String::new(),
+            wait: false,
+        });
+        let got = brief(&out);
+        assert!(got.starts_with(&format!("refused: {expected}")), "{name}: {got}");
+        assert_eq!((bench.disk, bench.posted.len()), (disk, posted), "{name}");
+    }
+}
+
+#[test]
+fn a_cancelled_job_stops_and_pays_nothing() {
+    let mut bench = Bench::new("a:1gpu@1");
+    let order = order(1, |_| {});
+    let (_, ask) = the_ask(&bench.submit(&order));
+    let stranger = Event::Cancel {
+        request: RequestId(2),
+        caller: PublicKey::of(&secret_of("a")),
+        job: ask.key.job,
+    };
+    assert!(brief(&bench.tell(stranger)).starts_with("refused: there is no job"));
+    let cancel = Event::Cancel {
+        request: RequestId(2),
+        caller: order.user.0,
+        job: ask.key.job,
+    };
+    assert_eq!(brief(&bench.tell(cancel.clone())), "stop a, Cancelled");
+    assert_eq!(bench.c.budget(order.user), Credits(10_000_000));
+    // The node had finished it just before: nothing is paid, and the trail is kept.
+    let lease = grant("a", &ask, |_| {});
+    bench.now += 1_000;
+    let out = bench.hear("a", done(finished("a", lease, 1_000, |_| {})));
+    assert_eq!(receipt_in(&out).flags, [Flag::NotDone]);
+    assert_eq!(bench.c.job(&ask.key.job).unwrap().state, JobState::Cancelled);
+    assert_eq!(brief(&bench.tell(cancel)), "Cancelled", "twice is once");
+    assert_eq!(bench.c.offers()[0].leases, 0);
+}
+
+#[test]
+fn what_cannot_be_billed_is_run_elsewhere() {
+    type Lie = fn(LeaseAsk) -> FinishedLease;
+    let cases: [(&str, Lie); 5] = [
+        ("no readings", |ask| {
+            let mut f = finished("a", grant("a", &ask, |_| {}), 100, |_| {});
+            f.readings.clear();
+            f
+        }),
+        ("dearer", |ask| {
+            finished(
+                "a",
+                grant("a", &ask, |l| l.rate = Rate(l.rate.0 + 1)),
+                100,
+                |_| {},
+            )
+        }),
+        ("fewer items", |ask| {
+            finished("a", grant("a", &ask, |l| l.items = 1), 100, |_| {})
+        }),
+        ("for another account", |ask| {
+            let other = |l: &mut Lease| l.institution = "usp-brazil".parse().unwrap();
+            finished("a", grant("a", &ask, other), 100, |_| {})
+        }),
+        ("no result", |ask| {
+            finished("a", grant("a", &ask, |_| {}), 100, |u| u.result = None)
+        }),
+    ];
+    for (name, lie) in cases {
+        let mut bench = Bench::new("a:1gpu@1 b:1gpu@2");
+        let (node, ask) = the_ask(&bench.submit(&order(1, |_| {})));
+        assert_eq!(node, node_of("a"));
+        let posted = bench.posted.len();
+        let out = bench.hear("a", done(lie(ask)));
+        assert_eq!(the_ask(&out).0, node_of("b"), "{name}");
+        assert_eq!(bench.posted.len(), posted, "{name}");
+    }
+}
+
+#[test]
+fn nobody_settles_for_another() {
+    let mut bench = Bench::new("a:1gpu@1 b:1gpu@2");
+    let (_, ask) = the_ask(&bench.submit(&order(1, |_| {})));
+    let of_a = finished("a", grant("a", &ask, |_| {}), 100, |_| {});
+    assert_eq!(brief(&bench.hear("b", done(of_a.clone()))), "", "another's trail");
+    let forged = finished("b", grant("b", &ask, |_| {}), 100, |_| {});
+    let out = brief(&bench.hear("b", done(forged)));
+    assert_eq!(out, "settled b: the part was placed on another node");
+    assert!(
+        bench.part(&ask.key).state == JobState::Placed,
+        "and the part is still with the first"
+    );
+    bench.now += 100;
+    assert_eq!(brief(&bench.hear("a", done(of_a))), "settled a for 28");
+}
+
+#[test]
+fn the_bill_is_the_smallest_of_measured_observed_leased_and_reserved() {
+    for (name, ran, says, ceiling, expected, flags) in [
+        ("as it was", 3_600, 3_600, 1_000_000, 1_000, &[][..]),
+        ("a little long", 3_600, 4_000, 1_000_000, 1_000, &[]),
+        (
+            "far too long",
+            3_600,
+            90_000,
+            1_000_000,
+            1_000,
+            &[Flag::LongerThanObserved],
+        ),
+        ("over its lease", 18_000, 18_000, 4_000, 4_000, &[Flag::OverLease]),
+    ] {
+        let mut bench = Bench::new("a:1gpu@1");
+        let (_, ask) = the_ask(&bench.submit(&order(1, |o| o.credits_max = Credits(ceiling))));
+        bench.now += ran;
+        let out = bench.hear("a", done(finished("a", grant("a", &ask, |_| {}), says, |_| {})));
+        let receipt = receipt_in(&out);
+        assert_eq!(
+            (receipt.credits.0, &receipt.flags[..]),
+            (expected, flags),
+            "{name}"
+        );
+        assert!(receipt.billed <= receipt.observed, "{name}");
+    }
+}
+
+#[test]
+fn a_silent_node_loses_the_part_and_may_bring_it_back_until_it_is_placed_anew() {
+    let mut bench = Bench::new("a:1gpu@1");
+    let (_, ask) = the_ask(&bench.submit(&order(1, |o| o.attempts_max = 9)));
+    let lease = grant("a", &ask, |_| {});
+    bench.hear("a", ToScheduler::Granted(lease.clone()));
+    bench.tell(Event::NodeGone(node_of("a")));
+    assert_eq!(brief(&bench.wait(7_900)), "");
+    assert_eq!(bench.part(&ask.key).state, JobState::Running);
+    bench.wait(200);
+    assert_eq!(bench.part(&ask.key).state, JobState::Queued);
+    bench.tell(Event::NodeConnected(node_of("a")));
+    let out = brief(&bench.report("a", &[(ask.key, Phase::Running)]));
+    assert!(out.contains("a goes on with 1, stops 0"), "{out}");
+    assert_eq!(bench.part(&ask.key).state, JobState::Running);
+    // Gone again, and another takes it: now the first is stopped.
+    bench.admit("b", Role::Node, Credits::ZERO);
+    bench.tell(Event::NodeConnected(node_of("b")));
+    bench.offer("b:1gpu@1");
+    bench.tell(Event::NodeGone(node_of("a")));
+    assert_eq!(brief(&bench.wait(9_000)), "ask b #2");
+    bench.tell(Event::NodeConnected(node_of("a")));
+    let out = brief(&bench.report("a", &[(ask.key, Phase::Running)]));
+    assert_eq!(out, "a goes on with 0, stops 1");
+    let late = bench.hear("a", done(finished("a", lease, 100, |_| {})));
+    assert_eq!(brief(&late), "settled a: another attempt counts");
+}
+
+#[test]
+fn a_grant_that_comes_late_is_taken_when_nothing_replaced_it() {
+    let mut bench = Bench::new("a:1gpu@1");
+    let (_, ask) = the_ask(&bench.submit(&order(1, |_| {})));
+    assert_eq!(
+        brief(&bench.wait(4_001)),
+        "",
+        "the ask timed out, and no other node is left"
+    );
+    assert_eq!(bench.part(&ask.key).state, JobState::Queued);
+    let lease = grant("a", &ask, |_| {});
+    assert_eq!(brief(&bench.hear("a", ToScheduler::Granted(lease.clone()))), "");
+    assert_eq!(bench.part(&ask.key).state, JobState::Running);
+    let out = bench.hear("a", done(finished("a", lease, 100, |_| {})));
+    assert!(brief(&out).starts_with("settled a for"));
+}
+
+#[test]
+fn one_attempt_counts_as_one_failure() {
+    let mut bench = Bench::new("a:1gpu@1");
+    let (_, ask) = the_ask(&bench.submit(&order(1, |o| o.attempts_max = 2)));
+    bench.wait(4_001);
+    // Given up, hence counted; its own word comes later and is only written down.
+    let late = finished("a", grant("a", &ask, |_| {}), 0, failed);
+    assert!(brief(&bench.hear("a", done(late))).starts_with("settled a for 0"));
+    assert_eq!(bench.part(&ask.key).state, JobState::Queued);
+    let (_, second) = the_ask(&bench.wait(5_000));
+    let lease = grant("a", &second, |_| {});
+    bench.hear("a", done(finished("a", lease, 0, failed)));
+    let job = bench.c.job(&ask.key.job).unwrap();
+    assert_eq!(job.state, JobState::Failed);
+    assert!(job.cause.contains("failed 2 times"), "{}", job.cause);
+}
+
+#[test]
+fn a_scheduler_restart_adopts_what_runs_and_gives_up_who_never_comes() {
+    let mut bench = Bench::new("a:1gpu@1 b:1gpu@1");
+    let out = bench.submit(&order(1, |o| {
+        o.items_per_part = 5;
+        o.attempts_max = 5;
+    }));
+    let all = asks(&out);
+    let of = |name: &str| all.iter().find(|(n, _)| *n == node_of(name)).unwrap().1.key;
+    let (of_a, of_b) = (of("a"), of("b"));
+    bench.restart();
+    bench.tell(Event::NodeConnected(node_of("a")));
+    bench.offer("a:1gpu@1,busy");
+    let out = brief(&bench.report("a", &[(of_a, Phase::Running)]));
+    assert_eq!(out, "a goes on with 1, stops 0", "nothing is asked twice");
+    let mut out = Vec::new();
+    for _ in 0..8 {
+        out.extend(bench.wait(2_000));
+        out.extend(bench.report("a", &[(of_a, Phase::Running)]));
+    }
+    assert!(asks(&out).is_empty());
+    assert_eq!(
+        bench.part(&of_b).state,
+        JobState::Queued,
+        "b was waited for as long as its lease could last"
+    );
+    assert_eq!(bench.part(&of_a).state, JobState::Running);
+    // The answer names the part that was lost, under its next fence.
+    assert_eq!(bench.offer("a:2gpu@1"), "OfferTaken, ask a #2");
+    let part = bench.part(&of_b);
+    assert_eq!((part.state, part.fence), (JobState::Placed, 2));
+}
+
+#[test]
+fn the_only_node_left_is_tried_again_after_a_pause() {
+    let mut bench = Bench::new("a:1gpu@1");
+    let (_, ask) = the_ask(&bench.submit(&order(1, |o| o.attempts_max = 5)));
+    let out = bench.hear("a", done(finished("a", grant("a", &ask, |_| {}), 0, failed)));
+    assert!(asks(&out).is_empty(), "not at once");
+    assert!(
+        bench.part(&ask.key).cause.contains("untried"),
+        "{}",
+        bench.part(&ask.key).cause
+    );
+    assert_eq!(the_ask(&bench.wait(1_100)).1.key.fence, 2);
+    // Others that are always busy do not keep it from being tried again for ever.
+    let mut bench = Bench::new("a:1gpu@1 b:1gpu@1,busy");
+    let (_, ask) = the_ask(&bench.submit(&order(1, |o| o.attempts_max = 5)));
+    bench.hear("a", done(finished("a", grant("a", &ask, |_| {}), 0, failed)));
+    assert!(asks(&bench.wait(50_000)).is_empty());
+    assert_eq!(the_ask(&bench.wait(20_000)).1.key.fence, 2);
+}
+
+#[test]
+fn a_refusal_costs_a_moment_and_no_attempt() {
+    let mut bench = Bench::new("a:1gpu@1 b:1gpu@2");
+    let (_, ask) = the_ask(&bench.submit(&order(1, |o| o.attempts_max = 1)));
+    let why = Refusal::Policy {
+        why: "not today".into(),
+    };
+    let out = bench.hear("a", ToScheduler::Refused { key: ask.key, why });
+    assert_eq!(brief(&out), "");
+    assert_eq!(brief(&bench.wait(200)), "ask b #2");
+    // A price that rose is heard of in time, by the next offer.
+    let why = Refusal::Price { now: Rate(9) };
+    let key = LeaseKey { fence: 2, ..ask.key };
+    bench.hear("b", ToScheduler::Refused { key, why });
+    bench.wait(200);
+    assert_eq!(bench.offer("b:1gpu@3"), "OfferTaken, ask b #3");
+}
+
+#[test]
+fn every_waiting_part_says_why() {
+    let mut bench = Bench::new("a:1gpu@1");
+    let out = bench.submit(&order(1, |o| o.items_per_part = 1));
+    assert_eq!(asks(&out).len(), 1);
+    let job = bench.c.jobs(None, false, 1).remove(0);
+    let waiting: Vec<&PartView> = job.parts.iter().filter(|p| p.state == JobState::Queued).collect();
+    assert_eq!(waiting.len(), 9);
+    for part in waiting {
+        assert!(part.cause.contains("1 excluded by free device"), "{}", part.cause);
+    }
+}
+
+#[test]
+fn a_node_that_only_says_it_works_does_not_keep_the_part_for_ever() {
+    let mut bench = Bench::new("a:1gpu@1");
+    let (_, ask) = the_ask(&bench.submit(&order(1, |o| o.attempts_max = 1)));
+    let mut said = String::new();
+    for _ in 0..30 {
+        bench.now += 3_600_000;
+        said = brief(&bench.report("a", &[(ask.key, Phase::Running)]));
+        if bench.c.jobs_open() == 0 {
+            break;
+        }
+        bench.c.handle(bench.clock(), Event::Tick, &mut Vec::new());
+    }
+    assert_eq!(bench.c.jobs_open(), 0, "{said}");
+}
+
+#[test]
+fn an_old_order_is_not_carried_out_twice() {
+    let mut bench = Bench::new("a:9gpu@1");
+    let first = order(1, |_| {});
+    for nonce in 1..=5 {
+        let order = order(nonce, |_| {});
+        let (_, ask) = the_ask(&bench.submit(&order));
+        bench.now += 10;
+        bench.hear("a", done(finished("a", grant("a", &ask, |_| {}), 10, |_| {})));
+    }
+    assert_eq!(bench.c.jobs(None, true, 100).len(), 2, "older ones made room");
+    bench.restart();
+    let posted = bench.posted.len();
+    assert!(brief(&bench.submit(&first)).contains("was carried out before"));
+    assert_eq!(bench.posted.len(), posted);
+    // Once it has expired its date refuses it, and nothing more need be remembered.
+    bench.now += 600_000;
+    assert!(brief(&bench.submit(&first)).contains("has expired"));
+    bench.submit(&order(9, |o| o.expires_at = UtcMillis(START + 1_200_000)));
+    assert_eq!(bench.disk.keys().filter(|(t, _)| *t == "spent").count(), 0);
+}
+
+#[test]
+fn an_idle_scheduler_sleeps() {
+    let mut bench = Bench::new("a:1gpu@1");
+    assert_eq!(
+        bench.c.wake_at().0,
+        START + 3_600_000,
+        "until the next offer expires"
+    );
+    bench.now += 3_600_000;
+    bench.tell(Event::Tick);
+    assert_eq!(bench.c.wake_at().0, u64::MAX);
+}
+
+#[test]
+fn an_operator_lists_a_key_once() {
+    let mut bench = Bench::new("");
+    let member = |role| Member {
+        role,
+        institution: "usp-brazil".parse().unwrap(),
+        name: "again".into(),
+        since: UtcMillis(9),
+    };
+    let mut admit = |role| {
+        let out = bench.tell(Event::Admit {
+            request: RequestId(0),
+            key: PublicKey::of(&secret_of("user")),
+            member: member(role),
+            credits: Credits(5),
+        });
+        format!("{:?}", out[0])
+    };
+    assert!(admit(Role::User).contains("uni-nairobi"), "what stands is told");
+    assert!(admit(Role::Node).contains("WrongRole"));
+    let user = UserId(PublicKey::of(&secret_of("user")));
+    assert_eq!(
+        bench.booked.balance(&Account::User(user)),
+        10_000_000,
+        "and nothing is granted twice"
+    );
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
+    #[test]
+    fn a_job_is_cut_without_gap_overlap_or_overspending(
+        items in 1u64..10_000_000,
+        per_part in prop_oneof![Just(0u32), 1_000u32..100_000],
+        credits in 0u64..=i64::MAX as u64,
+        slots in 1u64..100_000,
+    ) {
+        let order = order(1, |o| {
+            o.items = items;
+            o.items_per_part = per_part;
+            o.credits_max = Credits(credits);
+        });
+        let job = Job::new(order, String::new(), UtcMillis(0), slots);
+        let mut next = 0;
+        let mut sum = 0u128;
+        for part in &job.parts {
+            prop_assert_eq!(part.first_item, next);
+            prop_assert!(part.items > 0);
+            next += part.items;
+            sum += u128::from(part.ceiling.0);
+        }
+        prop_assert_eq!(next, items);
+        prop_assert!(sum <= u128::from(credits));
+        prop_assert!(job.parts.len() as u64 <= PARTS_MAX);
+    }
+}
