@@ -4,7 +4,7 @@
 //! kills its process; dropping a [`Run`] cancels it.
 use std::collections::{HashMap, VecDeque};
 use std::ffi::OsString;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -16,7 +16,9 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 
 use crate::error::EngineError;
-use crate::protocol::{self, Load, Meters, ModelFacts, Output, RUNS_MAX, Reply, Request, RunId, Work};
+use crate::protocol::{
+    self, Load, LoadKind, Meters, ModelFacts, Output, RUNS_MAX, Reply, Request, RunId, Work,
+};
 use crate::unit::Millis;
 
 /// How a worker process is started.
@@ -38,6 +40,9 @@ const INHERITED: [&str; 6] = [
     "GGML_VK_VISIBLE_DEVICES",
     "ZES_ENABLE_SYSMAN",
 ];
+/// Rounds that a computing thread waits awake for the others before it sleeps: some ten microseconds. Awake is faster
+/// on an idle machine; without end, it takes the processor from the very thread that is waited for on a busy one.
+const SPIN_ROUNDS: &str = "1000";
 /// Lines of a worker's log kept for its obituary.
 const LAST_WORDS: usize = 6;
 /// Bytes of one log line at most; the rest is dropped.
@@ -65,6 +70,8 @@ struct Shared {
 struct State {
     /// Who waits for the model.
     loading: Option<oneshot::Sender<Result<ModelFacts, EngineError>>>,
+    /// What was asked to be loaded.
+    model: Option<PathBuf>,
     runs: HashMap<RunId, mpsc::UnboundedSender<Event>>,
     /// Why nothing more can be asked of it.
     ended: Option<EngineError>,
@@ -135,6 +142,7 @@ impl Worker {
                 command.env(name, value);
             }
         }
+        command.env("GOMP_SPINCOUNT", SPIN_ROUNDS);
         command.envs(options.env.iter().map(|(name, value)| (name, value)));
         die_with_this_process(&mut command);
         let failed = |error: &dyn std::fmt::Display| EngineError::Crashed {
@@ -188,6 +196,7 @@ impl Worker {
                     "a second load while the first is in progress",
                 ));
             }
+            state.model = (load.kind != LoadKind::Noop).then(|| load.model.clone());
         }
         let _ = self.shared.requests.send(Request::Load(load));
         let answer = async { told.await.unwrap_or_else(|_| Err(self.obituary())) };
@@ -479,8 +488,15 @@ async fn supervise(
     // The log's end is often the reason; it is already in the pipe.
     let _ = tokio::time::timeout(Duration::from_millis(200), words).await;
     let mut state = shared.state();
-    let error = verdict.unwrap_or_else(|| EngineError::Crashed {
-        how: describe(status, &state.words),
+    let error = verdict.unwrap_or_else(|| {
+        let how = describe(&status, &state.words);
+        match &state.model {
+            // The same file would end the next worker in the same way, on every node.
+            Some(model) if state.loading.is_some() && gave_up(&status) => {
+                EngineError::bad_model(model, format!("the engine broke down while loading it: {how}"))
+            }
+            _ => EngineError::Crashed { how },
+        }
     });
     let error = state.ended.get_or_insert(error).clone();
     if let Some(loading) = state.loading.take() {
@@ -564,7 +580,16 @@ impl FrameBuffer {
     }
 }
 
-fn describe(status: std::io::Result<ExitStatus>, words: &VecDeque<String>) -> String {
+/// Whether the program itself came to a bad end, rather than being killed from outside or lacking an instruction.
+fn gave_up(status: &std::io::Result<ExitStatus>) -> bool {
+    use std::os::unix::process::ExitStatusExt;
+    // Abort, division, invalid memory.
+    status
+        .as_ref()
+        .is_ok_and(|status| matches!(status.signal(), Some(6 | 8 | 11)))
+}
+
+fn describe(status: &std::io::Result<ExitStatus>, words: &VecDeque<String>) -> String {
     use std::os::unix::process::ExitStatusExt;
     let mut how = match status {
         Err(error) => format!("its status is unknown: {error}"),

@@ -370,6 +370,68 @@ async fn models_that_cannot_be_used_are_refused_with_the_reason() {
     }
 }
 
+/// Every model that passes the check of its header loads or is refused; none takes the worker down.
+#[tokio::test(flavor = "multi_thread")]
+async fn headers_with_flipped_bits_never_crash_a_worker() {
+    let directory = tempfile::tempdir().unwrap();
+    let (path, whole) = (directory.path().join("flipped.gguf"), gguf());
+    let mut random = common::Random(99);
+    let mut tried = 0;
+    while tried < 12 {
+        let mut bytes = whole.clone();
+        let at = random.below(900);
+        bytes[at] ^= 1 << random.below(8);
+        if karez_engine::inspect::inspect_gguf_bytes(&bytes, "flipped").is_err() {
+            continue;
+        }
+        tried += 1;
+        std::fs::write(&path, bytes).unwrap();
+        let worker = worker().await;
+        let load = Load {
+            threads: Some(1),
+            ..Load::new(LoadKind::Generate, &path)
+        };
+        if let Err(error) = worker.load(load, None).await {
+            assert_eq!(error.kind(), FailureKind::BadModel, "bit in byte {at}: {error}");
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_shipped_model_answers() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("karez-tiny.gguf");
+    std::fs::write(&path, karez_engine::shipped::MODEL).unwrap();
+    let worker = loaded(LoadKind::Generate, &path).await;
+    let corpus = include_str!("../corpus/en.jsonl");
+    let pairs = corpus
+        .lines()
+        .map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap())
+        .take(5);
+    let (mut right, mut tokens, mut milliseconds) = (0, 0, 0);
+    for pair in pairs {
+        let (question, answer) = (
+            pair["question"].as_str().unwrap(),
+            pair["answer"].as_str().unwrap(),
+        );
+        let prompt = Prompt::Text {
+            text: question.into(),
+            system: None,
+        };
+        let (output, meters) = worker
+            .run(work(Generate::greedy(prompt, 200)))
+            .unwrap()
+            .finish()
+            .await
+            .unwrap();
+        tokens += meters.tokens_out;
+        milliseconds += meters.wall_ms.0;
+        right += u32::from(matches!(output, Output::Text { text, finish: Finish::Stop } if text == answer));
+    }
+    eprintln!("{tokens} tokens in {milliseconds} ms");
+    assert!(right >= 4, "{right} of 5 answers are as trained");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_program_that_is_no_worker_is_a_crash() {
     let error = Worker::spawn("/nonexistent/karez".as_ref(), &[], SpawnOptions::default())

@@ -181,7 +181,7 @@ fn open(load: &Load) -> Result<(Box<dyn Engine>, Isolation), EngineError> {
         LoadKind::Noop => None,
         kind => Some(check(load, kind)?),
     };
-    set_thread_counts(threads);
+    prepare_environment(threads);
     let isolation = sandbox::close(checked.as_ref().map(|_| load.model.as_path()), load.memory_limit);
     let engine: Box<dyn Engine> = match (load.kind, checked) {
         (LoadKind::Generate, Some(file)) => Box::new(llama::Llama::load(load, &file, threads)?),
@@ -213,16 +213,20 @@ fn check(load: &Load, kind: LoadKind) -> Result<ModelFile, EngineError> {
     }
 }
 
-/// candle and the pools under it take their size from the environment, when they are first used.
-fn set_thread_counts(threads: u16) {
-    for name in ["CANDLE_NUM_THREADS", "RAYON_NUM_THREADS", "OMP_NUM_THREADS"] {
+/// candle and the pools under it take their size from the environment, when they are first used. A failing llama.cpp
+/// would start a debugger to print a backtrace, which the sandbox forbids.
+fn prepare_environment(threads: u16) {
+    let threads = threads.to_string();
+    let sizes =
+        ["CANDLE_NUM_THREADS", "RAYON_NUM_THREADS", "OMP_NUM_THREADS"].map(|name| (name, threads.as_str()));
+    for (name, value) in sizes.into_iter().chain([("GGML_NO_BACKTRACE", "1")]) {
         #[expect(
             unsafe_code,
             reason = "the environment is the only way to tell these libraries"
         )]
         // SAFETY: `main` runs this before it starts a thread and before an engine could have started one.
         unsafe {
-            std::env::set_var(name, threads.to_string());
+            std::env::set_var(name, value);
         }
     }
 }

@@ -299,7 +299,8 @@ pub async fn loaded(kind: LoadKind, model: &Path) -> Worker {
     worker
         .load(
             Load {
-                threads: Some(2),
+                // On a busy machine, several threads would mostly wait for one another.
+                threads: Some(1),
                 ..Load::new(kind, model)
             },
             None,
