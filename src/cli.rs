@@ -148,7 +148,22 @@ mod tests {
     }
 
     #[test]
-    fn every_command_shows_an_example_that_parses() {
+    fn help_fits_eighty_columns() {
+        let mut root = Cli::command().term_width(80);
+        root.build();
+        walk(&root, "karez", &mut |command, path| {
+            let help = command.clone().term_width(80).render_long_help().to_string();
+            for line in help.lines() {
+                assert!(
+                    line.chars().count() <= 80,
+                    "`{path} --help` is too wide: {line:?}"
+                );
+            }
+        });
+    }
+
+    #[test]
+    fn every_command_shows_an_example() {
         walk(&Cli::command(), "karez", &mut |command, path| {
             let help = command
                 .get_after_help()

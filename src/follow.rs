@@ -204,6 +204,8 @@ fn part_line(part: &wire::PartView) -> String {
     };
     let end = match part.state.as_str() {
         "done" => format!(", {} items, {} credits", part.items, credits(part.credits)),
+        // Why there was told when it was placed.
+        "fetching" | "running" => String::new(),
         _ if part.cause.is_empty() => String::new(),
         _ => format!(": {}", part.cause),
     };

@@ -51,12 +51,22 @@ pub(crate) struct Artifacts {
 pub(crate) async fn open(home: &Home) -> Result<Link> {
     let config = home.config()?;
     let secret = home.key()?;
-    let client = dial(&config.control_addr, &secret, config.scheduler.0).await?;
+    let client = dial(&config.control_addr, &secret, config.scheduler.0)
+        .await
+        .map_err(|error| match local(home) {
+            true => error.context("the local network is not up, `karez up` starts it again"),
+            false => error,
+        })?;
     Ok(Link {
         client,
         secret,
         config,
     })
+}
+
+/// Whether this home has a network of its own.
+fn local(home: &Home) -> bool {
+    home.dir().join("up/scheduler").is_dir()
 }
 
 /// Connects to the control API at `addr` and insists on its key.

@@ -295,6 +295,7 @@ impl Network {
                     cpu_slots: 1,
                 };
                 node::make(&dir, options).await?;
+                share_machine(&dir)?;
             }
             let name = format!("node {}", member.institution);
             self.spawn(
@@ -399,6 +400,18 @@ impl Network {
     pub(crate) fn processes(&self) -> usize {
         self.running.process.len()
     }
+}
+
+/// The nodes of one machine share its cores, and nobody outside needs to reach them.
+fn share_machine(dir: &std::path::Path) -> Result<()> {
+    let path = karez_node::NodeFiles::new(dir).config();
+    let text = fs::read_to_string(&path).with_context(|| path.display().to_string())?;
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let threads = (cores / MEMBERS.len()).max(1);
+    let text = text
+        .replacen("[limits]\n", &format!("[limits]\nthreads = {threads}\n"), 1)
+        .replacen("[listen]\n", "[listen]\nartifacts = \"127.0.0.1:0\"\n", 1);
+    write_atomic(&path, text.as_bytes())
 }
 
 /// Puts the model that comes with the engine into the scheduler's catalogue, unless it is there.

@@ -211,10 +211,10 @@ pub(crate) fn cut(text: &str, width: usize) -> String {
     out
 }
 
-/// `text` in lines of at most `width` columns, later ones indented.
+/// `text` in lines of at most `width` columns, later ones indented. Spaces before the first word stay.
 pub(crate) fn wrap(text: &str, width: usize, indent: &str) -> Vec<String> {
     let mut lines: Vec<String> = Vec::new();
-    let mut line = String::new();
+    let mut line = text[..text.len() - text.trim_start().len()].to_owned();
     for word in text.split_whitespace() {
         if !line.trim().is_empty() && line.width() + 1 + word.width() > width {
             lines.push(std::mem::replace(&mut line, indent.to_owned()));
@@ -344,5 +344,6 @@ mod tests {
         let text = "one two three four five";
         assert_eq!(wrap(text, 9, "  "), ["one two", "  three", "  four", "  five"]);
         assert_eq!(wrap(text, 80, ""), [text]);
+        assert_eq!(wrap("  one two", 6, "    "), ["  one", "    two"]);
     }
 }

@@ -11,7 +11,7 @@ const PARTS_SHOWN: usize = 24;
 
 /// The report as lines. Tables fit `width` columns when one is given.
 pub(crate) fn lines(job: &wire::JobView, results: Option<(&Path, u64)>, width: Option<usize>) -> Vec<String> {
-    let wide = width.unwrap_or(100);
+    let wide = width.unwrap_or(80);
     let mut lines = vec![headline(job), String::new()];
     let mut table = Table::new(&[
         ("PART", Column::Right),

@@ -25,7 +25,7 @@ const CORPUS: [(&str, &str); 10] = [
     ("zh", include_str!("../engine/corpus/zh.jsonl")),
 ];
 /// Sentences the demo embeds at most: it promises to be done within a minute.
-const SENTENCES_MAX: usize = 1200;
+const SENTENCES_MAX: usize = 360;
 
 /// One line to embed.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -169,7 +169,13 @@ fn sentences(text: &str, language: &str) -> Vec<Sentence> {
 }
 
 fn is_heading(line: &str) -> bool {
-    let numbered = line.chars().any(char::is_numeric) || (line.starts_with('第') && line.contains('条'));
+    let roman = |word: &str| {
+        let word = word.trim_end_matches('.');
+        !word.is_empty() && word.chars().all(|c| "IVX".contains(c))
+    };
+    let numbered = line.chars().any(char::is_numeric)
+        || (line.starts_with('第') && line.contains('条'))
+        || line.split_whitespace().last().is_some_and(roman);
     numbered && line.chars().count() <= 24
 }
 
