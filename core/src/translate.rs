@@ -73,6 +73,8 @@ pub enum TranslateError {
 }
 
 /// What a node says in its session.
+// Moved once, from the wire to the mind: a box would only cost its readers.
+#[allow(clippy::large_enum_variant)]
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum FromNode {
     /// First word of a session.
@@ -101,6 +103,8 @@ pub enum FromNode {
 }
 
 /// What a scheduler says in a node's session.
+// Moved once, from the wire to the mind: a box would only cost its readers.
+#[allow(clippy::large_enum_variant)]
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum FromScheduler {
     /// First word of a session.
