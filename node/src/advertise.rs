@@ -5,6 +5,9 @@ use karez_net::peer::{Answer, Peer};
 use std::{sync::Arc, time::Duration};
 use tokio::sync::watch;
 
+/// So many failures to deliver an offer are not mentioned.
+const QUIET_FAILURES: u32 = 3;
+
 /// The newest offer: a signed envelope. None before the first.
 pub(crate) type Newest = watch::Receiver<Option<Arc<Vec<u8>>>>;
 
@@ -27,6 +30,7 @@ pub(crate) async fn advertise(
     };
     while newest.changed().await.is_ok() {
         backoff.reset();
+        let mut failures = 0;
         loop {
             let Some(offer) = newest.borrow_and_update().clone() else {
                 break;
@@ -47,6 +51,8 @@ pub(crate) async fn advertise(
                     break;
                 }
                 Ok(Answer::Refused { reason }) => heard(format!("not yet: {reason}")),
+                // The first attempts may come before the connection: that is nobody's trouble yet.
+                Err(_) if failures < QUIET_FAILURES => failures += 1,
                 Err(error) => heard(format!("not delivered: {error}")),
             }
             tokio::select! {

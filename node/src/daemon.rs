@@ -11,7 +11,7 @@ mod status;
 
 use crate::{
     config::{ConfigError, NodeConfig},
-    control::{self, Command, ControlError, Request},
+    control::{self, ControlError, Request},
     probe::Found,
     runner::{Ended, Tools},
     session::{ArtifactAddrs, Link},
@@ -142,6 +142,8 @@ impl From<StoreError> for DaemonError {
 pub(crate) enum Input {
     /// For the agent as it is.
     Event(Box<Event>),
+    /// The owner's word.
+    Owner(OwnerCommand),
     /// A connection stands; the agent's report becomes the hello.
     SessionUp { scheduler: SchedulerId, link: Link },
     /// It broke, or never came about.
@@ -281,7 +283,9 @@ impl Daemon {
                     biased;
                     _ = leave.wait_for(|leave| *leave) => return Ok(()),
                     Some(request) = self.requests.recv() => {
-                        self.obey(request.command, &mut out);
+                        if let Some(word) = request.command.owner() {
+                            self.take(Input::Owner(word), &mut out);
+                        }
                         answers.push(request.answer);
                     }
                     Some(input) = self.inputs.recv() => self.take(input, &mut out),
@@ -310,6 +314,10 @@ impl Daemon {
         let now = self.now();
         let event = match input {
             Input::Event(event) => *event,
+            Input::Owner(word) => {
+                self.obey(word);
+                Event::Owner(word)
+            }
             Input::SessionUp { scheduler, link } => {
                 self.links.insert(scheduler, link);
                 Event::Connected(scheduler)
@@ -389,17 +397,16 @@ impl Daemon {
         self.agent.handle(now, event, out);
     }
 
-    fn obey(&mut self, command: Command, out: &mut Vec<Effect>) {
-        let Some(owner) = command.owner() else { return };
-        tracing::info!(?command, "the owner's word");
-        match owner {
+    /// What the owner's word means beside the agent.
+    fn obey(&mut self, word: OwnerCommand) {
+        tracing::info!(?word, "the owner's word");
+        match word {
             // Idle workers hold memory that the owner wants now.
             OwnerCommand::Reclaim => self.tools.warm.close(),
             OwnerCommand::Open => self.tools.warm.open(),
-            _ => {}
+            OwnerCommand::Pause | OwnerCommand::Drain => {}
         }
-        self.draining = owner == OwnerCommand::Drain;
-        self.agent.handle(self.now(), Event::Owner(owner), out);
+        self.draining = word == OwnerCommand::Drain;
     }
 
     /// Stops the guests, tells the schedulers what became of them, and says goodbye. Takes under three seconds.

@@ -106,8 +106,8 @@ impl Daemon {
 
     /// The owner comes first even when nothing can be stored: guests leave now, the books follow.
     fn obey_stalled(&mut self, request: Request) {
-        if let Some(owner) = request.command.owner() {
-            if owner == OwnerCommand::Reclaim {
+        if let Some(word) = request.command.owner() {
+            if word == OwnerCommand::Reclaim {
                 self.tools.warm.close();
                 for guest in self.guests.values() {
                     guest
@@ -115,7 +115,13 @@ impl Daemon {
                         .stop(Duration::from_millis(self.config.timing.reclaim_grace.0));
                 }
             }
-            self.waiting.push_front(Input::from(Event::Owner(owner)));
+            // Before everything else that waits, but in the order in which it was said.
+            let said = self
+                .waiting
+                .iter()
+                .take_while(|input| matches!(input, Input::Owner(_)))
+                .count();
+            self.waiting.insert(said, Input::Owner(word));
         }
         let _ = request.answer.send(self.status());
     }

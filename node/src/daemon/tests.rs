@@ -2,7 +2,7 @@
 use super::*;
 use crate::{
     config::{NodeConfig, SchedulerEntry, Template, template},
-    control::{command, status, until_empty},
+    control::{Command, command, status, until_empty},
     files::NodeFiles,
 };
 use karez_core::{
