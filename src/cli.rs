@@ -9,7 +9,7 @@ use std::path::PathBuf;
 
 const ROOT_EXAMPLES: &str = "\
 Examples:
-  karez up                                  a network of your own on this machine
+  karez up                                  a network on this machine
   karez embed sentences.txt -o vectors.jsonl
   karez generate \"Why rotate crops?\"
   karez down

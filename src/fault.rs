@@ -25,9 +25,9 @@ Exit codes:
   0    done
   1    something else failed; the message says what
   2    the command line is wrong
-  3    the input was refused: a bad line, a bad file, an order the scheduler rejects
+  3    the input was refused: a bad line, a bad file, a bad order
   4    not found: a job, a model, an artifact, a file
-  5    not placeable: no node may run it at this price, in these countries, within this budget
+  5    not placeable: no node may run it at this price, there, in this budget
   6    the scheduler cannot be reached
   7    not admitted, or the key is missing or unsafe
   8    the job failed or was cancelled

@@ -70,8 +70,11 @@ fn log(cli: &Cli) {
         (1, true) | (2, _) => "debug",
         _ => "trace",
     };
-    let filter = EnvFilter::try_from_default_env()
-        .unwrap_or_else(|_| EnvFilter::new(format!("{default},libp2p=warn,libp2p_kad=error,libp2p_gossipsub=error")));
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| {
+        EnvFilter::new(format!(
+            "{default},libp2p=warn,libp2p_kad=error,libp2p_gossipsub=error"
+        ))
+    });
     let plain = std::env::var_os("NO_COLOR").is_some_and(|v| !v.is_empty())
         || !std::io::IsTerminal::is_terminal(&std::io::stderr());
     // A second subscriber can only be a test's: then that one stands.

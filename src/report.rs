@@ -17,16 +17,18 @@ pub(crate) fn lines(job: &wire::JobView, results: Option<(&Path, u64)>, width: O
         ("PART", Column::Right),
         ("ITEMS", Column::Right),
         ("NODE", Column::Cut),
-        ("WHERE", Column::Left),
+        ("INSTITUTION", Column::Cut),
+        ("IN", Column::Left),
         ("PRICE", Column::Right),
-        ("DEVICE TIME", Column::Right),
+        ("TIME", Column::Right),
         ("CREDITS", Column::Right),
     ]);
     for part in job.parts.iter().take(PARTS_SHOWN) {
         table.row(vec![
             part.part.to_string(),
             count(part.items),
-            format!("{}/{}", part.institution, part.node_name),
+            part.node_name.clone(),
+            part.institution.clone(),
             part.country.clone(),
             rate(part.rate),
             span(part.meters.map_or(0, |m| m.device_ms)),
@@ -208,6 +210,22 @@ mod tests {
         for line in &lines {
             assert!(line.width() <= 80, "{line:?}");
         }
-        insta::assert_snapshot!(lines.join("\n"));
+        insta::assert_snapshot!(lines.join("\n"), @r"
+        job 070707070707 done in 12.4 s: embed with all-MiniLM-L6-v2, 160 items
+
+        PART  ITEMS  NODE                      INSTITUTION   IN   PRICE   TIME   CREDITS
+           0     80  unicamp-lab-with-a-long…  uni-campinas  BR  0.25/h  3.2 s  0.000222
+           1     80  unicamp-lab-with-a-long…  uni-campinas  BR  0.25/h  3.2 s  0.000222
+
+        parts 0, 1: unicamp-lab-with-a-long-name-1 in BR: cheapest finished work of 3
+          free nodes (0.250000 credits/h, about 0.000222 credits)
+          elsewhere: uni-nairobi-1 in KE about 0.000322; uni-nairobi-1 in KE about
+            0.000322
+        metered: 3,456 tokens in, 0 out, 160 items; 6.4 s of device time, 0 ms of CPU
+          time
+        credits: 0.000444 paid of 1.00 set aside, 0.999556 returned
+        receipts: 000000000000 010101010101
+        results: out.jsonl (160 lines)
+        ");
     }
 }

@@ -248,7 +248,20 @@ fn the_schema_and_the_exit_codes_can_be_printed() {
             .to_owned()
             + "\n"
     );
-    assert_snapshot!(codes);
+    assert_snapshot!(codes, @r"
+    Exit codes:
+      0    done
+      1    something else failed; the message says what
+      2    the command line is wrong
+      3    the input was refused: a bad line, a bad file, a bad order
+      4    not found: a job, a model, an artifact, a file
+      5    not placeable: no node may run it at this price, there, in this budget
+      6    the scheduler cannot be reached
+      7    not admitted, or the key is missing or unsafe
+      8    the job failed or was cancelled
+      9    verification failed
+      130  interrupted
+    ");
     for shell in ["bash", "zsh", "fish"] {
         assert!(cli.prints(&["completions", shell]).contains("karez"), "{shell}");
     }
