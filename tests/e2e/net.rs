@@ -11,10 +11,10 @@ use tempfile::TempDir;
 
 /// What `karez` answered.
 #[derive(Debug)]
-pub struct Answer {
-    pub code: i32,
-    pub out: String,
-    pub err: String,
+pub(crate) struct Answer {
+    pub(crate) code: i32,
+    pub(crate) out: String,
+    pub(crate) err: String,
 }
 
 impl Answer {
@@ -28,19 +28,19 @@ impl Answer {
 
     /// The output as one JSON document.
     #[track_caller]
-    pub fn json(&self) -> Value {
+    pub(crate) fn json(&self) -> Value {
         serde_json::from_str(&self.out).unwrap_or_else(|e| panic!("not JSON ({e}): {self:?}"))
     }
 
     #[track_caller]
-    pub fn ok(self) -> Self {
+    pub(crate) fn ok(self) -> Self {
         assert_eq!(self.code, 0, "{self:?}");
         self
     }
 
     /// Refused with that exit code, in one line that names all of `words`.
     #[track_caller]
-    pub fn refused(self, code: i32, words: &[&str]) -> Self {
+    pub(crate) fn refused(self, code: i32, words: &[&str]) -> Self {
         assert_eq!(self.code, code, "{self:?}");
         for word in words {
             assert!(self.err.contains(word), "{word:?} is missing: {self:?}");
@@ -51,7 +51,7 @@ impl Answer {
 }
 
 /// A `karez` command in that home.
-pub fn karez(home: &Path, args: &[&str]) -> Command {
+pub(crate) fn karez(home: &Path, args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_karez"));
     command
         .args(args)
@@ -62,26 +62,26 @@ pub fn karez(home: &Path, args: &[&str]) -> Command {
 }
 
 /// Runs it to its end.
-pub fn run(home: &Path, args: &[&str]) -> Answer {
+pub(crate) fn run(home: &Path, args: &[&str]) -> Answer {
     Answer::of(karez(home, args).output().unwrap())
 }
 
 /// One scheduler, three nodes, one user.
-pub struct Net {
-    pub home: PathBuf,
+pub(crate) struct Net {
+    pub(crate) home: PathBuf,
     _dir: TempDir,
     own: Vec<Child>,
 }
 
 impl Net {
-    pub fn up() -> Self {
+    pub(crate) fn up() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let home = dir.path().join("home");
         Self::start(dir, home)
     }
 
     /// The same with its home on another file system.
-    pub fn up_in(home: PathBuf) -> Self {
+    pub(crate) fn up_in(home: PathBuf) -> Self {
         Self::start(tempfile::tempdir().unwrap(), home)
     }
 
@@ -90,23 +90,23 @@ impl Net {
         Self { home, _dir: dir, own: Vec::new() }
     }
 
-    pub fn run(&self, args: &[&str]) -> Answer {
+    pub(crate) fn run(&self, args: &[&str]) -> Answer {
         run(&self.home, args)
     }
 
-    pub fn path(&self, name: &str) -> PathBuf {
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
         self._dir.path().join(name)
     }
 
     /// Writes a file beside the home and gives its path as text.
-    pub fn file(&self, name: &str, bytes: impl AsRef<[u8]>) -> String {
+    pub(crate) fn file(&self, name: &str, bytes: impl AsRef<[u8]>) -> String {
         let path = self.path(name);
         fs::write(&path, bytes).unwrap();
         path.to_str().unwrap().to_owned()
     }
 
     /// The id of the process whose name holds `name`.
-    pub fn pid(&self, name: &str) -> i32 {
+    pub(crate) fn pid(&self, name: &str) -> i32 {
         let text = fs::read_to_string(self.home.join("up/network.toml")).unwrap();
         let table: toml::Table = toml::from_str(&text).unwrap();
         let all = table["process"].as_array().unwrap();
@@ -117,12 +117,12 @@ impl Net {
         i32::try_from(one["pid"].as_integer().unwrap()).unwrap()
     }
 
-    pub fn dir(&self, name: &str) -> PathBuf {
+    pub(crate) fn dir(&self, name: &str) -> PathBuf {
         self.home.join("up").join(name)
     }
 
     /// Starts a process of the network again after it was killed.
-    pub fn restart(&mut self, kind: &str, name: &str) {
+    pub(crate) fn restart(&mut self, kind: &str, name: &str) {
         let dir = self.dir(name);
         let log = fs::OpenOptions::new()
             .append(true)
@@ -138,7 +138,7 @@ impl Net {
     }
 
     /// Submits `items` no-ops of `millis` each in parts of `part_items` and gives the job's id.
-    pub fn noops(&self, items: usize, millis: u32, part_items: u32) -> String {
+    pub(crate) fn noops(&self, items: usize, millis: u32, part_items: u32) -> String {
         let input = self.file("noops.jsonl", "{\"text\":\"x\"}\n".repeat(items));
         let job = self.file(
             "noops.toml",
@@ -153,12 +153,12 @@ impl Net {
             .to_owned()
     }
 
-    pub fn job(&self, id: &str) -> Value {
+    pub(crate) fn job(&self, id: &str) -> Value {
         self.run(&["job", "show", id, "--json"]).ok().json()
     }
 
     /// Waits until the job has ended and gives its last view.
-    pub fn ended(&self, id: &str, patience: Duration) -> Value {
+    pub(crate) fn ended(&self, id: &str, patience: Duration) -> Value {
         self.until(patience, &format!("job {id} to end"), || {
             let answer = self.run(&["job", "show", id, "--json"]);
             if answer.code != 0 {
@@ -172,7 +172,7 @@ impl Net {
     }
 
     #[track_caller]
-    pub fn until<T>(&self, patience: Duration, what: &str, mut ask: impl FnMut() -> Option<T>) -> T {
+    pub(crate) fn until<T>(&self, patience: Duration, what: &str, mut ask: impl FnMut() -> Option<T>) -> T {
         let began = Instant::now();
         loop {
             if let Some(answer) = ask() {
@@ -188,7 +188,7 @@ impl Net {
     }
 
     /// The ends of all logs, for a failed test's last words.
-    pub fn logs(&self) -> String {
+    pub(crate) fn logs(&self) -> String {
         let mut out = String::new();
         let logs = fs::read_dir(self.home.join("up"))
             .into_iter()
@@ -208,7 +208,7 @@ impl Net {
     }
 
     /// Exports the ledger, verifies it offline, and gives its lines.
-    pub fn verified_ledger(&self) -> Vec<Value> {
+    pub(crate) fn verified_ledger(&self) -> Vec<Value> {
         let file = self.path("books.ndjson");
         let file = file.to_str().unwrap();
         self.run(&["ledger", "export", "-o", file]).ok();
@@ -222,7 +222,7 @@ impl Net {
 }
 
 /// Settlements of that job in an exported ledger that moved credits or not.
-pub fn settlements<'a>(ledger: &'a [Value], job: &str) -> Vec<&'a Value> {
+pub(crate) fn settlements<'a>(ledger: &'a [Value], job: &str) -> Vec<&'a Value> {
     let escrow = format!("escrow:{job}");
     ledger
         .iter()
@@ -230,11 +230,11 @@ pub fn settlements<'a>(ledger: &'a [Value], job: &str) -> Vec<&'a Value> {
         .collect()
 }
 
-pub fn signal(pid: i32, signal: rustix::process::Signal) {
+pub(crate) fn signal(pid: i32, signal: rustix::process::Signal) {
     rustix::process::kill_process(rustix::process::Pid::from_raw(pid).unwrap(), signal).unwrap();
 }
 
-pub fn kill_9(pid: i32) {
+pub(crate) fn kill_9(pid: i32) {
     signal(pid, rustix::process::Signal::KILL);
 }
 
