@@ -138,7 +138,7 @@ pub enum StoreError {
         why: String,
     },
     /// The index failed; commits go on, reading entries works again after it is rebuilt.
-    #[error("the index in {} failed: {why}; it is rebuilt at the next commit", path.display())]
+    #[error("the index in {} failed: {why}; it is being rebuilt", path.display())]
     Index {
         /// Where.
         path: PathBuf,

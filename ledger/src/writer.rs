@@ -510,10 +510,16 @@ struct Accepted {
 impl Scribe {
     fn run(mut self, mut requests: mpsc::Receiver<Request>) {
         loop {
-            let idle = (self.unsynced > 0).then_some(INDEX_IDLE);
+            // A lost index is rebuilt while nothing else happens, too: readers must not wait for the next writer.
+            let lost = read(&self.shared.index).is_none();
+            let idle = if lost { Some(INDEX_RETRY) } else { (self.unsynced > 0).then_some(INDEX_IDLE) };
             let first = match wait(requests.recv(), idle) {
                 Some(Some(request)) => request,
                 Some(None) => break,
+                None if lost => {
+                    self.maintain();
+                    continue;
+                }
                 None => {
                     self.sync_index();
                     continue;

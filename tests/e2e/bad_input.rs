@@ -101,22 +101,13 @@ fn keys_and_ports_and_absent_schedulers() {
             dir2.to_str().unwrap(),
             "--institution",
             "some-lab",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            &port.to_string(),
         ],
     )
     .ok();
-    let settings = dir2.join("scheduler.toml");
-    let text = fs::read_to_string(&settings).unwrap();
-    let changed: String = text
-        .lines()
-        .map(|line| {
-            if line.starts_with("listen = \"") && line.contains(":7400") {
-                format!("listen = \"127.0.0.1:{port}\"\n")
-            } else {
-                format!("{line}\n")
-            }
-        })
-        .collect();
-    fs::write(&settings, changed).unwrap();
     let answer = run(&home, &["scheduler", "run", "--dir", dir2.to_str().unwrap()]);
     assert_ne!(answer.code, 0);
     assert!(answer.err.contains(&port.to_string()), "{answer:?}");
