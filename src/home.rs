@@ -70,7 +70,7 @@ impl Home {
 
     /// The user's key.
     pub(crate) fn key(&self) -> Result<SecretKey> {
-        Ok(identity::load(&self.key_path(), "").map_err(|error| match error {
+        identity::load(&self.key_path(), "").map_err(|error| match error {
             identity::IdentityError::Missing { path, .. } => fault(
                 Kind::NotAdmitted,
                 format!(
@@ -79,7 +79,7 @@ impl Home {
                 ),
             ),
             other => other.into(),
-        })?)
+        })
     }
 
     /// The user's key, drawn now if there is none; true when it is new.

@@ -1,4 +1,6 @@
 //! The command line as scripts see it: exit codes, one error line, output that can be parsed. No network is started.
+// Helpers outside of test functions unwrap too.
+#![allow(clippy::unwrap_used)]
 use insta::assert_snapshot;
 use std::{
     fs,
