@@ -48,7 +48,6 @@ pub(crate) async fn offers(context: &Context, _: OffersArgs) -> Result<()> {
         ("IN", Column::Left),
         ("DEVICE", Column::Cut),
         ("FREE", Column::Right),
-        ("MEMORY", Column::Right),
         ("PRICE", Column::Right),
         ("STATE", Column::Left),
     ]);
@@ -66,7 +65,6 @@ pub(crate) async fn offers(context: &Context, _: OffersArgs) -> Result<()> {
                 offer.country.clone(),
                 device.class.clone(),
                 format!("{}/{}", device.free, device.count),
-                size(device.memory_bytes),
                 rate(device.rate),
                 state.clone(),
             ]);

@@ -17,6 +17,7 @@ use karez_core::{
     unit::{Millis, UtcMillis},
 };
 use karez_proto::control as wire;
+use serde::Serializer as _;
 use serde_json::{Map, Value};
 use std::{
     fs::File,
@@ -334,13 +335,19 @@ fn merge(
                 );
                 return Err(fault(Kind::NotVerified, why));
             }
-            let mut whole = Map::new();
-            if let Some(lines) = &mut input {
-                let asked = lines.next().transpose()?.unwrap_or_default();
-                whole.extend(serde_json::from_str::<Map<String, Value>>(&asked).unwrap_or_default());
-            }
-            whole.extend(result);
-            serde_json::to_writer(&mut *sink, &whole)?;
+            let asked = match &mut input {
+                Some(lines) => lines.next().transpose()?.unwrap_or_default(),
+                None => String::new(),
+            };
+            // An input line need not be an object; then the result stands alone.
+            let asked: Map<String, Value> = serde_json::from_str(&asked).unwrap_or_default();
+            let asked = asked.iter().filter(|(key, _)| !result.contains_key(*key));
+            // For people: first which item, then what was asked, then what came of it.
+            let (names, rest): (Vec<_>, Vec<_>) = result
+                .iter()
+                .partition(|(key, _)| *key == "index" || *key == "id");
+            let whole = names.into_iter().chain(asked).chain(rest);
+            serde_json::Serializer::new(&mut *sink).collect_map(whole)?;
             sink.write_all(b"\n")?;
             written += 1;
         }

@@ -512,7 +512,11 @@ impl Scribe {
         loop {
             // A lost index is rebuilt while nothing else happens, too: readers must not wait for the next writer.
             let lost = read(&self.shared.index).is_none();
-            let idle = if lost { Some(INDEX_RETRY) } else { (self.unsynced > 0).then_some(INDEX_IDLE) };
+            let idle = if lost {
+                Some(INDEX_RETRY)
+            } else {
+                (self.unsynced > 0).then_some(INDEX_IDLE)
+            };
             let first = match wait(requests.recv(), idle) {
                 Some(Some(request)) => request,
                 Some(None) => break,

@@ -223,7 +223,10 @@ fn a_full_disk_refuses_new_work_and_loses_nothing() {
     let filler = disk.0.join("filler");
     fill(&filler);
     let input = net.file("more.jsonl", "{\"text\":\"x\"}\n");
-    let job = net.file("more.toml", format!("work = \"noop\"\ninput = {input:?}\n[noop]\nmillis_per_item = 0\n"));
+    let job = net.file(
+        "more.toml",
+        format!("work = \"noop\"\ninput = {input:?}\n[noop]\nmillis_per_item = 0\n"),
+    );
     let refused = net.run(&["submit", &job, "--detach"]);
     assert_ne!(refused.code, 0, "{refused:?}");
     let text = refused.err.to_lowercase();

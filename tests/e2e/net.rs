@@ -87,7 +87,11 @@ impl Net {
 
     fn start(dir: TempDir, home: PathBuf) -> Self {
         run(&home, &["up", "--json"]).ok();
-        Self { home, _dir: dir, own: Vec::new() }
+        Self {
+            home,
+            _dir: dir,
+            own: Vec::new(),
+        }
     }
 
     pub(crate) fn run(&self, args: &[&str]) -> Answer {
