@@ -16,10 +16,6 @@ struct Bench {
 }
 
 fn bench() -> Bench {
-    bench_with(None)
-}
-
-fn bench_with(worker: Option<crate::WorkerProgram>) -> Bench {
     let dir = tempfile::tempdir().unwrap();
     let store = ArtifactStore::open(&dir.path().join("artifacts"), Bytes(64 << 20)).unwrap();
     let scratch = dir.path().join("scratch");
@@ -33,7 +29,7 @@ fn bench_with(worker: Option<crate::WorkerProgram>) -> Bench {
         Default::default(),
     )
     .unwrap();
-    let warm = Warm::new(worker, Duration::from_secs(60), Bytes(1 << 30));
+    let warm = Warm::new(None, Duration::from_secs(1), Bytes(1 << 30));
     Bench {
         _dir: dir,
         tools: Tools {
@@ -187,106 +183,4 @@ async fn an_input_that_is_not_here_fails_this_node_only() {
         "{:?}",
         ended.exit
     );
-}
-
-#[tokio::test]
-async fn the_files_of_a_directory_are_laid_out_only_while_they_are_needed() {
-    let bench = bench();
-    let dir = tempfile::tempdir().unwrap();
-    std::fs::write(dir.path().join("config.json"), b"{}").unwrap();
-    let store = bench.tools.artifacts.store().clone();
-    let path = dir.path().to_owned();
-    let model = tokio::task::spawn_blocking(move || store.add_dir(&path))
-        .await
-        .unwrap()
-        .unwrap();
-    let files = bench
-        .tools
-        .artifacts
-        .model(&model, &bench.tools.scratch)
-        .await
-        .unwrap();
-    assert_eq!(std::fs::read(files.path.join("config.json")).unwrap(), b"{}");
-    drop(files);
-    assert_eq!(std::fs::read_dir(&bench.tools.scratch).unwrap().count(), 0);
-    let job = job(
-        &bench,
-        Work::Embed {
-            model,
-            model_name: "m".into(),
-        },
-        b"\"a\"\n",
-        0,
-        1,
-    );
-    let (_stopper, stopped) = stop();
-    let ended = run(job, &bench.tools, stopped, Box::new(|_| {})).await;
-    assert!(
-        matches!(ended.exit, Exit::Failed { retryable: false, .. }),
-        "{:?}",
-        ended.exit
-    );
-    assert_eq!(std::fs::read_dir(&bench.tools.scratch).unwrap().count(), 0);
-}
-
-/// Needs a worker, whose engines this crate does not build:
-/// `cargo build -p karez-engine && KAREZ_WORKER=target/debug/karez-worker cargo test -p karez-node -- --ignored`.
-#[tokio::test]
-#[ignore = "needs KAREZ_WORKER, the path of a karez-worker"]
-async fn a_worker_answers_stays_warm_and_leaves_when_the_owner_wants() {
-    let path = std::env::var_os("KAREZ_WORKER").expect("KAREZ_WORKER").into();
-    let bench = bench_with(Some(crate::WorkerProgram { path, args: vec![] }));
-    let model = concat!(env!("CARGO_MANIFEST_DIR"), "/../engine/models/karez-tiny.gguf");
-    let work = Work::Generate(karez_core::records::Generate {
-        model: bench.tools.artifacts.store().add_file(model.as_ref()).unwrap(),
-        model_name: "karez-tiny".into(),
-        max_tokens: 8,
-        temperature_milli: 0,
-        top_k: 0,
-        top_p_milli: 1000,
-        seed: 0,
-        raw: false,
-        system: String::new(),
-    });
-    let lines = b"{\"prompt\":\"one\",\"id\":\"a\"}\n\"two\"\n{\"messages\":[{\"role\":\"user\",\"content\":\"three\"}]}\n{bad\n";
-    for round in 0..2 {
-        let job = job(&bench, work.clone(), lines, 0, 3);
-        let (_stopper, stopped) = stop();
-        let ended = run(job, &bench.tools, stopped, Box::new(|_| {})).await;
-        let Exit::Done(result) = ended.exit else {
-            panic!("{:?}", ended.exit)
-        };
-        let text = bench
-            .tools
-            .artifacts
-            .store()
-            .read(&result, Bytes(1 << 20))
-            .unwrap();
-        let answers: Vec<Value> = text
-            .split(|b| *b == b'\n')
-            .filter_map(|l| serde_json::from_slice(l).ok())
-            .collect();
-        assert_eq!(answers.len(), 3, "round {round}");
-        assert_eq!(
-            (&answers[0]["id"], &answers[1]["index"]),
-            (&Value::from("a"), &Value::from(1))
-        );
-        assert!(ended.meters.tokens_in > 0 && ended.meters.tokens_out > 0 && ended.meters.memory_peak.0 > 0);
-        assert_eq!(bench.tools.warm.idle(), 1);
-    }
-    // The bad line is named, what came before it is called back, and the worker is still fit.
-    let job = job(&bench, work, lines, 0, 4);
-    let (_stopper, stopped) = stop();
-    let ended = run(job, &bench.tools, stopped, Box::new(|_| {})).await;
-    let Exit::Failed {
-        why,
-        retryable: false,
-    } = ended.exit
-    else {
-        panic!("{:?}", ended.exit)
-    };
-    assert!(why.starts_with("line 4 of the input is not JSON"), "{why}");
-    assert_eq!(bench.tools.warm.idle(), 1);
-    bench.tools.warm.close();
-    assert_eq!(bench.tools.warm.idle(), 0);
 }
