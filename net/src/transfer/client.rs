@@ -737,6 +737,8 @@ async fn push_over(
     }
     match ask_status(connection, &Request::PutEnd(artifact)).await? {
         (Status::Ok, _) => Ok(()),
+        // The receiver lost track of blocks between two streams: asked again, it names them.
+        (Status::Missing, why) => Err(Failure::Lost(why)),
         (_, why) => Err(Failure::Useless(why)),
     }
 }
