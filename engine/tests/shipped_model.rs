@@ -1,4 +1,5 @@
 //! The shipped model in llama.cpp itself: its tokenizer, its template and its greedy answers, language by language.
+#![allow(clippy::unwrap_used, reason = "in a test, the panic is the report")]
 
 use std::collections::BTreeMap;
 use std::num::NonZeroU32;

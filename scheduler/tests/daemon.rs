@@ -1,4 +1,5 @@
 //! The daemon on real sockets of this machine: a user, and a node played by hand.
+#![allow(clippy::unwrap_used, reason = "in a test, the panic is the report")]
 use karez_core::{
     artifact::ArtifactRef,
     exchange::{FinishedLease, Held, LeaseAsk, Phase, Report, ToNode, ToScheduler},

@@ -270,10 +270,8 @@ impl Checker {
                 key,
                 receipt: Some(receipt),
                 ..
-            } => {
-                if !self.receipts.contains(&receipt.id()) {
-                    self.fail(format!("the receipt of {key} left before it was posted"));
-                }
+            } if !self.receipts.contains(&receipt.id()) => {
+                self.fail(format!("the receipt of {key} left before it was posted"));
             }
             _ => {}
         }
@@ -282,10 +280,10 @@ impl Checker {
     /// A message leaves a node, as its agent said it.
     pub fn to_scheduler(&mut self, n: usize, message: &ToScheduler) {
         match message {
-            ToScheduler::Granted(lease) => {
-                if self.leases.get(&lease.key()).is_none_or(|seen| seen.node != n) {
-                    self.fail(format!("{} was granted before it was stored", lease.key()));
-                }
+            ToScheduler::Granted(lease)
+                if self.leases.get(&lease.key()).is_none_or(|seen| seen.node != n) =>
+            {
+                self.fail(format!("{} was granted before it was stored", lease.key()));
             }
             ToScheduler::Finished(finished) => {
                 let key = finished.lease.key();
@@ -312,10 +310,9 @@ impl Checker {
                     if let Some(key) = lease_key(key)
                         && let Some(seen) = self.leases.get_mut(&key)
                         && seen.node == n
+                        && seen.live
                     {
-                        if seen.live {
-                            self.fail(format!("{key} was forgotten while it lived"));
-                        }
+                        self.fail(format!("{key} was forgotten while it lived"));
                     }
                 }
                 Change::Post { .. } => self.fail("a node posted to a ledger".into()),

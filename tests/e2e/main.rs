@@ -2,6 +2,7 @@
 //!
 //! Each test starts a network of its own with `karez up` in a folder of its own and ends it by id, so that tests
 //! can run side by side. Start at [`net::Net`].
+#![allow(clippy::unwrap_used, reason = "in a test, the panic is the report")]
 mod bad_days;
 mod bad_input;
 mod good_days;

@@ -868,11 +868,8 @@ impl Agent {
             return;
         };
         match holding.stage {
-            Stage::Ended(_) => {
-                if holding.live.next_delivery <= now.mono {
-                    self.deliver(now, key, out);
-                }
-            }
+            Stage::Ended(_) if holding.live.next_delivery <= now.mono => self.deliver(now, key, out),
+            Stage::Ended(_) => {}
             _ if holding.live.stopping.is_some() => {}
             _ if holding.live.expires <= now.mono => {
                 let why = "the lease ran out: its scheduler did not renew it".to_string();
