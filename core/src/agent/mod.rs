@@ -5,9 +5,11 @@
 //! leaves the process. So a lease is stored before it is granted, and the intent to start a worker before it starts.
 //!
 //! Not here: how to fetch, run or sign in ([`karez-node`]); what the scheduler decides ([`crate::controller`]).
+mod leases;
 mod mind;
 #[cfg(test)]
 mod tests;
+mod upkeep;
 
 pub use mind::{Agent, AgentStatus};
 

@@ -8,14 +8,18 @@
 mod admission;
 mod billing;
 mod job;
+mod jobs;
 mod mind;
+mod nodes;
+mod placing;
 #[cfg(test)]
 mod tests;
 mod view;
 
 pub use admission::{Member, REDEMPTIONS_MAX};
 pub use job::{Job, JobState, Part, PartState};
-pub use mind::{Controller, ORDER_LIFE_MAX, SPENT_MAX};
+pub use jobs::{ORDER_LIFE_MAX, SPENT_MAX};
+pub use mind::Controller;
 pub use view::{Explanation, JobView, LogLine, NodeStatus, PartView};
 
 use crate::{

@@ -129,7 +129,8 @@ use super::{
     Denial,
     admission::Member,
     job::{Job, Part},
-    mind::{Controller, request},
+    mind::Controller,
+    placing::request,
 };
 use crate::{
     id::Digest,

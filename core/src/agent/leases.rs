@@ -1,0 +1,385 @@
+//! Leases: asked for, judged by the owner's policy, started, ended, delivered, forgotten.
+use super::mind::{
+    Agent, FENCES, Holding, LEASES, Live, READINGS, RETRY, STOP_GRACE, Seen, Stage, TTL_MAX, fence_row,
+    needs, reading_row, row,
+};
+use super::upkeep::{last_meters, one_line, sign_reading};
+use super::{Effect, Exit, WorkerMeters};
+use crate::{
+    artifact::ArtifactRef,
+    exchange::{Fetch, FinishedLease, HELD_MAX, LeaseAsk, Refusal, ToScheduler},
+    id::LeaseKey,
+    key::SchedulerId,
+    prelude::*,
+    records::{Lease, NodeState, Outcome, Signed, Usage},
+    store::{Change, put},
+    unit::{Millis, Now},
+};
+use alloc::boxed::Box;
+
+impl Agent {
+    pub(super) fn on_ask(&mut self, now: Now, from: SchedulerId, ask: LeaseAsk, out: &mut Vec<Effect>) {
+        let key = ask.key;
+        // The same ask again, after a lost answer: the same answer.
+        if let Some(holding) = self.mine(&key, from) {
+            let lease = holding.lease.clone();
+            out.push(Effect::Send(from, ToScheduler::Granted(lease)));
+            return;
+        }
+        if let Err(why) = self.judge(from, &ask) {
+            out.push(Effect::Send(from, ToScheduler::Refused { key, why }));
+            return;
+        }
+        // An older attempt at the same part is void from here on.
+        let older: Vec<LeaseKey> = self
+            .holdings
+            .keys()
+            .filter(|k| k.job == key.job && k.part == key.part)
+            .copied()
+            .collect();
+        for old in older {
+            self.stop(
+                now,
+                old,
+                Outcome::Cancelled,
+                "a later attempt was placed here".into(),
+                false,
+                STOP_GRACE,
+                out,
+            );
+        }
+        let ttl = ask.ttl.min(TTL_MAX);
+        let rate = self.device(&ask.device_class).map_or(ask.rate, |d| d.rate);
+        let lease = Lease {
+            job: key.job,
+            part: key.part,
+            fence: key.fence,
+            node: self.id,
+            scheduler: from,
+            institution: self.config.institution.clone(),
+            device_class: ask.device_class,
+            devices: ask.devices,
+            rate,
+            device_ms_max: ask.device_ms_max,
+            first_item: ask.first_item,
+            items: ask.items,
+            granted_at: now.utc,
+            expires_at: now.utc.after(ttl),
+        };
+        let lease = Signed::sign(lease, &self.config.secret);
+        let holding = Holding {
+            lease: lease.clone(),
+            order: ask.order,
+            holders: ask.holders,
+            ttl,
+            stage: Stage::Granted,
+            readings: Vec::new(),
+            live: Live {
+                expires: now.mono.after(ttl),
+                ..Live::default()
+            },
+        };
+        let seen = Seen {
+            fence: key.fence,
+            at: now.utc,
+        };
+        self.fences.insert((key.job, key.part), seen);
+        self.offer_changed = true;
+        let fence = put(FENCES, &fence_row(key.job, key.part), &seen);
+        if needs(&holding.order).is_empty() {
+            // Nothing to fetch: the promise and the intent to start go to disk together.
+            self.holdings.insert(key, holding);
+            out.push(Effect::Persist(vec![fence]));
+            out.push(Effect::Send(from, ToScheduler::Granted(lease)));
+            self.start(now, key, out);
+        } else {
+            out.push(Effect::Persist(vec![put(LEASES, &row(&key), &holding), fence]));
+            out.push(Effect::Send(from, ToScheduler::Granted(lease)));
+            self.holdings.insert(key, holding);
+            self.begin(now, key, out);
+        }
+    }
+
+    fn device(&self, class: &str) -> Option<&crate::records::Device> {
+        self.config.devices.iter().find(|d| d.class == class)
+    }
+
+    pub(super) fn free(&self, class: &str) -> u32 {
+        let held: u32 = self
+            .holdings
+            .values()
+            .filter(|h| h.lease.device_class == class)
+            .map(Holding::devices)
+            .sum();
+        self.device(class).map_or(0, |d| d.count.saturating_sub(held))
+    }
+
+    /// The owner's policy, and what the ask must agree with. The order is the researcher's own word; the
+    /// scheduler may place it, not change it.
+    fn judge(&self, from: SchedulerId, ask: &LeaseAsk) -> Result<(), Refusal> {
+        let order = &ask.order;
+        let mismatch = |why: &str| Err(Refusal::Mismatch { why: why.into() });
+        let policy = |why: String| Err(Refusal::Policy { why });
+        if order.scheduler != from {
+            return mismatch("the order was given to another scheduler");
+        }
+        if ask.key.job.0 != order.id() {
+            return mismatch("the job is not this order's");
+        }
+        if ask.items == 0
+            || ask
+                .first_item
+                .checked_add(ask.items)
+                .is_none_or(|end| end > order.items)
+        {
+            return mismatch("the part lies outside the order's items");
+        }
+        if ask.devices == 0 {
+            return mismatch("no device is asked for");
+        }
+        if let Some(seen) = self.fences.get(&(ask.key.job, ask.key.part))
+            && seen.fence >= ask.key.fence
+        {
+            return Err(Refusal::Fenced { seen: seen.fence });
+        }
+        match self.state {
+            NodeState::Open => {}
+            state => return policy(format!("the node is {}", state.as_str())),
+        }
+        let rules = &self.config.policy;
+        if (!rules.institutions.is_empty() && !rules.institutions.contains(&order.institution))
+            || rules.institutions_excluded.contains(&order.institution)
+        {
+            return policy(format!("users of {} are not served here", order.institution));
+        }
+        let kind = order.work.kind();
+        if !rules.work.is_empty() && !rules.work.contains(&kind) {
+            return policy(format!("{} is not served here", kind.as_str()));
+        }
+        if !self.config.engines.iter().any(|e| e.work == kind) {
+            return Err(Refusal::Unable {
+                why: format!("no engine for {}", kind.as_str()),
+            });
+        }
+        let c = &order.constraints;
+        if (!c.countries.is_empty() && !c.countries.contains(&self.config.country))
+            || c.countries_excluded.contains(&self.config.country)
+        {
+            return mismatch("the order excludes this country");
+        }
+        if (!c.institutions.is_empty() && !c.institutions.contains(&self.config.institution))
+            || c.institutions_excluded.contains(&self.config.institution)
+        {
+            return mismatch("the order excludes this institution");
+        }
+        let Some(device) = self.device(&ask.device_class) else {
+            return Err(Refusal::Unable {
+                why: format!("there is no device of class {}", ask.device_class),
+            });
+        };
+        if ask.rate < device.rate {
+            return Err(Refusal::Price { now: device.rate });
+        }
+        if (c.donated_only && device.rate.0 > 0) || c.rate_max.is_some_and(|max| device.rate > max) {
+            return mismatch("the order's price limit excludes this device");
+        }
+        if self.free(&ask.device_class) < ask.devices || self.holdings.len() >= HELD_MAX {
+            return Err(Refusal::Busy {
+                class: ask.device_class.clone(),
+            });
+        }
+        Ok(())
+    }
+
+    /// Fetches what the part needs, or starts it when it needs nothing.
+    pub(super) fn begin(&mut self, now: Now, key: LeaseKey, out: &mut Vec<Effect>) {
+        let Some(holding) = self.holdings.get(&key) else {
+            return;
+        };
+        let artifacts = needs(&holding.order);
+        if artifacts.is_empty() {
+            self.start(now, key, out);
+        } else {
+            let fetch = Fetch {
+                artifacts,
+                holders: holding.holders.clone(),
+            };
+            out.push(Effect::Fetch { key, fetch });
+        }
+    }
+
+    pub(super) fn start(&mut self, now: Now, key: LeaseKey, out: &mut Vec<Effect>) {
+        let first_reading = self.config.reading_interval;
+        let Some(holding) = self.holdings.get_mut(&key) else {
+            return;
+        };
+        holding.stage = Stage::Running;
+        holding.live.started = now.mono;
+        holding.live.next_reading = now.mono.after(first_reading);
+        out.push(Effect::Persist(vec![put(LEASES, &row(&key), holding)]));
+        out.push(Effect::Start {
+            key,
+            order: holding.order.clone(),
+            first_item: holding.lease.first_item,
+            items: holding.lease.items,
+            device_class: holding.lease.device_class.clone(),
+            devices: holding.lease.devices,
+        });
+    }
+
+    /// Calls a lease off: at once where nothing runs, else through its worker.
+    #[allow(clippy::too_many_arguments)]
+    pub(super) fn stop(
+        &mut self,
+        now: Now,
+        key: LeaseKey,
+        outcome: Outcome,
+        cause: String,
+        retryable: bool,
+        grace: Millis,
+        out: &mut Vec<Effect>,
+    ) {
+        let Some(holding) = self.holdings.get_mut(&key) else {
+            return;
+        };
+        match holding.stage {
+            Stage::Granted => self.end(now, key, outcome, cause, retryable, None, out),
+            Stage::Running if holding.live.stopping.is_none() => {
+                holding.live.stopping = Some((outcome, cause, retryable));
+                out.push(Effect::Stop { key, grace });
+            }
+            _ => {}
+        }
+    }
+
+    pub(super) fn on_exited(
+        &mut self,
+        now: Now,
+        key: LeaseKey,
+        exit: Exit,
+        meters: WorkerMeters,
+        out: &mut Vec<Effect>,
+    ) {
+        let Some(holding) = self.holdings.get_mut(&key) else {
+            return;
+        };
+        if holding.stage != Stage::Running {
+            return;
+        }
+        holding.live.worker = meters;
+        let stopping = holding.live.stopping.take();
+        match (exit, stopping) {
+            (Exit::Done(result), _) => {
+                self.end(now, key, Outcome::Done, String::new(), false, Some(result), out)
+            }
+            (_, Some((outcome, cause, retryable))) => {
+                self.end(now, key, outcome, cause, retryable, None, out)
+            }
+            (Exit::Failed { why, retryable }, None) => {
+                self.end(now, key, Outcome::Failed, why, retryable, None, out)
+            }
+            (Exit::Stopped, None) => {
+                self.end(
+                    now,
+                    key,
+                    Outcome::Failed,
+                    "the worker stopped by itself".into(),
+                    true,
+                    None,
+                    out,
+                );
+            }
+        }
+    }
+
+    /// Signs the last reading and the usage, stores them, and begins to deliver.
+    #[allow(clippy::too_many_arguments)]
+    pub(super) fn end(
+        &mut self,
+        now: Now,
+        key: LeaseKey,
+        outcome: Outcome,
+        cause: String,
+        retryable: bool,
+        result: Option<ArtifactRef>,
+        out: &mut Vec<Effect>,
+    ) {
+        let Some(holding) = self.holdings.get_mut(&key) else {
+            return;
+        };
+        let mut changes = Vec::new();
+        let meters = last_meters(holding, now);
+        let reading = sign_reading(&self.config, holding, now, meters);
+        changes.push(put(READINGS, &reading_row(&key, reading.sequence), &reading));
+        let usage = Usage {
+            lease: holding.lease.id(),
+            node: self.id,
+            last_reading: reading.id(),
+            readings: reading.sequence + 1,
+            meters,
+            outcome,
+            cause: one_line(&cause),
+            retryable,
+            result,
+            started_at: holding.lease.granted_at,
+            ended_at: now.utc.max(holding.lease.granted_at),
+        };
+        holding.readings.push(reading);
+        holding.stage = Stage::Ended(Signed::sign(usage, &self.config.secret));
+        changes.push(put(LEASES, &row(&key), holding));
+        out.push(Effect::Persist(changes));
+        self.offer_changed = true;
+        self.deliver(now, key, out);
+    }
+
+    /// Brings the result, then the usage, to the scheduler; again and again until it is settled.
+    pub(super) fn deliver(&mut self, now: Now, key: LeaseKey, out: &mut Vec<Effect>) {
+        let Some(holding) = self.holdings.get_mut(&key) else {
+            return;
+        };
+        let Stage::Ended(usage) = &holding.stage else {
+            return;
+        };
+        let scheduler = holding.lease.scheduler;
+        if !self.sessions.contains_key(&scheduler) || holding.live.pushing {
+            return;
+        }
+        holding.live.next_delivery = now.mono.after(RETRY);
+        match usage.result {
+            Some(artifact) if !holding.live.pushed => {
+                holding.live.pushing = true;
+                out.push(Effect::Push {
+                    key,
+                    to: scheduler,
+                    artifact,
+                });
+            }
+            _ => {
+                let finished = FinishedLease {
+                    lease: holding.lease.clone(),
+                    readings: holding.readings.clone(),
+                    usage: usage.clone(),
+                };
+                out.push(Effect::Send(scheduler, ToScheduler::Finished(Box::new(finished))));
+            }
+        }
+    }
+
+    pub(super) fn forget(&mut self, key: LeaseKey, out: &mut Vec<Effect>) {
+        let Some(holding) = self.holdings.remove(&key) else {
+            return;
+        };
+        let mut changes = vec![Change::Delete {
+            table: LEASES,
+            key: row(&key),
+        }];
+        for reading in &holding.readings {
+            changes.push(Change::Delete {
+                table: READINGS,
+                key: reading_row(&key, reading.sequence),
+            });
+        }
+        out.push(Effect::Persist(changes));
+        out.push(Effect::Forget { key });
+    }
+}
