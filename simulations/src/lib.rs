@@ -9,9 +9,11 @@
 //! Start at [`run`]: equal seeds and setups give equal worlds. A failure names its seed.
 pub mod check;
 pub mod disk;
+pub mod geo;
 mod liar;
 pub mod rng;
 pub mod setup;
+pub mod traces;
 pub mod world;
 
 mod node;
