@@ -180,15 +180,13 @@ async fn work(link: &Link, what: &What) -> Result<Work> {
             let (artifact, found) = model(link, name).await?;
             expect_format(&found, "gguf", "generate")?;
             Work::Generate(Generate {
-                model: artifact,
-                model_name: name.clone(),
-                max_tokens: s.max_tokens,
                 temperature_milli: s.temperature_milli,
                 top_k: s.top_k,
                 top_p_milli: s.top_p_milli,
                 seed: s.seed,
                 raw: s.raw,
                 system: s.system.clone(),
+                ..Generate::greedy(artifact, name.clone(), s.max_tokens)
             })
         }
     })

@@ -17,7 +17,7 @@ use tokio::time::Instant;
 
 use crate::error::EngineError;
 use crate::protocol::{
-    self, Load, LoadKind, Meters, ModelFacts, Output, RUNS_MAX, Reply, Request, RunId, Work,
+    self, Load, LoadKind, Meters, ModelFacts, Output, Piece, RUNS_MAX, Reply, Request, RunId, Work,
 };
 use crate::unit::Millis;
 
@@ -93,8 +93,8 @@ impl Shared {
 /// What happens to a run, in order; [`Event::Done`] or [`Event::Failed`] is the last.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Event {
-    /// A piece of the answer: whole code points, never empty.
-    Token(String),
+    /// A piece of the answer.
+    Token(Piece),
     /// It is finished.
     Done {
         /// Its result.
@@ -521,9 +521,9 @@ fn deliver(reply: Reply, shared: &Shared) {
             }
         }
         Reply::Alive => {}
-        Reply::Token { id, text } => {
+        Reply::Token { id, piece } => {
             if let Some(run) = state.runs.get(&id) {
-                let _ = run.send(Event::Token(text));
+                let _ = run.send(Event::Token(piece));
             }
         }
         Reply::Done { id, output, meters } => {

@@ -5,7 +5,7 @@
 //!
 //! - [`protocol`]: what a node and a worker say to each other; [`error`]: what can go wrong.
 //! - [`client`]: the node's end. Start at [`client::Worker`].
-//! - [`inspect`]: reading model headers without trusting them.
+//! - [`inspect`]: reading model headers without trusting them; [`json`]: JSON that keeps its order.
 //! - [`probe`]: what this machine has to offer.
 //! - [`shipped`]: the small model that comes with Karez.
 //! - `worker` (with the feature of that name): the other end, the engines and the sandbox.
@@ -16,6 +16,7 @@
 pub mod client;
 pub mod error;
 pub mod inspect;
+pub mod json;
 pub mod probe;
 pub mod protocol;
 pub mod shipped;

@@ -49,12 +49,12 @@ async fn a_text_is_generated_and_streamed() {
     let mut pieces = Vec::new();
     let (output, meters) = loop {
         match run.next().await.unwrap() {
-            Event::Token(piece) => pieces.push(piece),
+            Event::Token(piece) => pieces.push(piece.text),
             Event::Done { output, meters } => break (output, meters),
             Event::Failed { error, .. } => panic!("{error}"),
         }
     };
-    let Output::Text { text, finish } = output else {
+    let Output::Text { text, finish, .. } = output else {
         panic!("{output:?}")
     };
     assert_eq!(finish, Finish::Length);
@@ -121,12 +121,9 @@ async fn what_ran_before_is_reused_and_changes_nothing() {
 async fn chats_go_through_the_template_and_stop_strings_stop() {
     let directory = tempfile::tempdir().unwrap();
     let worker = loaded(LoadKind::Generate, &gguf_file(directory.path())).await;
-    let message = |role: &str, content: &str| Message {
-        role: role.into(),
-        content: content.into(),
-    };
     let chat = Prompt::Chat {
-        messages: vec![message("system", "be brief"), message("user", "hi")],
+        messages: vec![Message::new("system", "be brief"), Message::new("user", "hi")],
+        tools: Vec::new(),
     };
     let text = Prompt::Text {
         text: "hi".into(),
@@ -144,7 +141,7 @@ async fn chats_go_through_the_template_and_stop_strings_stop() {
         ..raw(written, 12)
     };
     let (output, meters) = worker.run(work(stopped)).unwrap().finish().await.unwrap();
-    let Output::Text { text, finish } = output else {
+    let Output::Text { text, finish, .. } = output else {
         panic!("{output:?}")
     };
     assert_eq!(finish, Finish::Stop);
@@ -426,7 +423,8 @@ async fn the_shipped_model_answers() {
             .unwrap();
         tokens += meters.tokens_out;
         milliseconds += meters.wall_ms.0;
-        right += u32::from(matches!(output, Output::Text { text, finish: Finish::Stop } if text == answer));
+        right +=
+            u32::from(matches!(output, Output::Text { text, finish: Finish::Stop, .. } if text == answer));
     }
     eprintln!("{tokens} tokens in {milliseconds} ms");
     assert!(right >= 4, "{right} of 5 answers are as trained");

@@ -85,6 +85,6 @@ fn needs(job: &JobView) -> impl Iterator<Item = ArtifactRef> {
     let results = job.parts.iter().filter_map(|part| part.result);
     [job.order.input]
         .into_iter()
-        .chain(job.order.work.model().copied())
+        .chain(job.order.work.artifacts())
         .chain(results)
 }

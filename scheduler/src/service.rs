@@ -104,10 +104,7 @@ impl Service {
 
     /// Input and model must be where nodes can fetch them.
     async fn artifacts_are_held(&self, order: &Order) -> Result<(), Status> {
-        let wanted: Vec<ArtifactRef> = [order.input]
-            .into_iter()
-            .chain(order.work.model().copied())
-            .collect();
+        let wanted: Vec<ArtifactRef> = [order.input].into_iter().chain(order.work.artifacts()).collect();
         let missing: Vec<&ArtifactRef> = wanted.iter().filter(|a| !self.0.store.contains(a)).collect();
         if missing.is_empty() {
             return Ok(());
@@ -148,7 +145,7 @@ impl Service {
         self.artifacts_are_held(&order).await?;
         shared
             .pins
-            .keep(job, [order.input].into_iter().chain(order.work.model().copied()));
+            .keep(job, [order.input].into_iter().chain(order.work.artifacts()));
         let reply = shared
             .ask(move |request| Event::Submit {
                 request,

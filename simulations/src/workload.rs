@@ -116,15 +116,9 @@ impl World {
                 model_name: "tiny-embed".into(),
             },
             _ => Work::Generate(Generate {
-                model: model(rng, ArtifactKind::Blob),
-                model_name: "tiny".into(),
-                max_tokens: rng.between(8, 64) as u32,
-                temperature_milli: 0,
-                top_k: 0,
-                top_p_milli: 1_000,
                 seed: 1,
                 raw: true,
-                system: String::new(),
+                ..Generate::greedy(model(rng, ArtifactKind::Blob), "tiny", rng.between(8, 64) as u32)
             }),
         };
         let credits_max = match rng.below(10) {

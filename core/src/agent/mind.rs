@@ -163,7 +163,7 @@ impl Holding {
 pub(super) fn needs(order: &Order) -> Vec<ArtifactRef> {
     match &order.work {
         Work::Noop { .. } => Vec::new(),
-        work => work.model().copied().into_iter().chain([order.input]).collect(),
+        work => work.artifacts().chain([order.input]).collect(),
     }
 }
 

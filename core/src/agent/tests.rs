@@ -328,17 +328,7 @@ fn a_lease_is_granted_by_the_owners_policy_and_the_users_word() {
         (
             "no engine",
             with(|o| {
-                o.work = Work::Generate(crate::records::Generate {
-                    model: blob("model"),
-                    model_name: String::new(),
-                    max_tokens: 1,
-                    temperature_milli: 0,
-                    top_k: 0,
-                    top_p_milli: 1_000,
-                    seed: 0,
-                    raw: true,
-                    system: String::new(),
-                });
+                o.work = Work::Generate(crate::records::Generate::greedy(blob("model"), "", 1));
             }),
             |_| {},
             "refused: not possible here: no engine for generate",

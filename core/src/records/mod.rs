@@ -17,7 +17,9 @@ pub use envelope::{Record, RecordError, Signed, Verified, describe};
 pub use lease::Lease;
 pub use meter::{MeterReading, Meters, Outcome, Usage};
 pub use offer::{Device, Engine, NodeState, OFFER_CACHED_MAX, Offer, WorkKind};
-pub use order::{Constraints, Generate, ITEMS_MAX, Order, PARTS_MAX, Work};
+pub use order::{
+    Constraints, FORMAT_BYTES_MAX, Generate, ITEMS_MAX, Order, PARTS_MAX, STOP_BYTES_MAX, STOPS_MAX, Work,
+};
 pub use receipt::{Flag, Receipt};
 pub use social::{ClassSummary, Invitation, Role, Summary};
 pub use trail::{TrailError, check_trail};

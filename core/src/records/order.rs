@@ -40,6 +40,131 @@ pub struct Generate {
     pub raw: bool,
     /// System prompt of the chat template; empty for none.
     pub system: String,
+    /// Thousandths of the likeliest token's probability that a candidate must have; 0: no limit.
+    pub min_p_milli: u32,
+    /// Thousandths; 0 or 1000: none. Up to 10,000.
+    pub repetition_penalty_milli: u32,
+    /// Thousandths, -2000 to 2000.
+    pub presence_penalty_milli: i32,
+    /// Thousandths, -2000 to 2000.
+    pub frequency_penalty_milli: i32,
+    /// Texts that end an answer; at most [`STOPS_MAX`] of [`STOP_BYTES_MAX`] bytes.
+    pub stop: Vec<String>,
+    /// Tell each token's log-probability, and those of so many likeliest tokens.
+    pub top_logprobs: Option<u32>,
+    /// OpenAI's `response_format` as JSON; empty for any text. At most [`FORMAT_BYTES_MAX`].
+    pub response_format: String,
+    /// A LoRA adapter (GGUF) over the model.
+    pub adapter: Option<ArtifactRef>,
+    /// Pieces of answers are told as they are written.
+    pub stream: bool,
+    /// A line at fault is answered with its error, and the others go on; otherwise it fails the job.
+    pub keep_going: bool,
+}
+
+/// Stop strings at most.
+pub const STOPS_MAX: usize = 16;
+/// Bytes of one stop string at most.
+pub const STOP_BYTES_MAX: usize = 1024;
+/// Bytes of a response format at most.
+pub const FORMAT_BYTES_MAX: usize = 32_768;
+
+impl Generate {
+    /// The likeliest continuation of each prompt, put through the model's chat template.
+    pub fn greedy(model: ArtifactRef, model_name: impl Into<String>, max_tokens: u32) -> Self {
+        Self {
+            model,
+            model_name: model_name.into(),
+            max_tokens,
+            temperature_milli: 0,
+            top_k: 0,
+            top_p_milli: 1000,
+            seed: 0,
+            raw: false,
+            system: String::new(),
+            min_p_milli: 0,
+            repetition_penalty_milli: 1000,
+            presence_penalty_milli: 0,
+            frequency_penalty_milli: 0,
+            stop: Vec::new(),
+            top_logprobs: None,
+            response_format: String::new(),
+            adapter: None,
+            stream: false,
+            keep_going: false,
+        }
+    }
+
+    fn from_wire(f: Fields, g: wire::Generate) -> Result<Self, RecordError> {
+        // Texts that may hold line breaks: only their length is limited.
+        let long = |field, text: String, max: usize| {
+            if text.len() <= max {
+                Ok(text)
+            } else {
+                Err(f.bad(field, format!("is {} bytes, the limit is {max}", text.len())))
+            }
+        };
+        let up_to = |field, value: u32, max: u32| f.within(field, value.into(), max.into()).map(|_| value);
+        let around_zero =
+            |field, value: i32| f.within(field, value.unsigned_abs().into(), 2_000).map(|_| value);
+        Ok(Self {
+            model: f.artifact("generate.model", f.some("generate.model", g.model)?)?,
+            model_name: f.text("generate.model_name", g.model_name, 128)?,
+            max_tokens: up_to("generate.max_tokens", g.max_tokens, 131_072)?,
+            temperature_milli: up_to("generate.temperature_milli", g.temperature_milli, 5_000)?,
+            top_k: g.top_k,
+            top_p_milli: up_to("generate.top_p_milli", g.top_p_milli, 1_000)?,
+            seed: g.seed,
+            raw: g.raw,
+            system: long("generate.system", g.system, 32_768)?,
+            min_p_milli: up_to("generate.min_p_milli", g.min_p_milli, 1_000)?,
+            repetition_penalty_milli: up_to(
+                "generate.repetition_penalty_milli",
+                g.repetition_penalty_milli,
+                10_000,
+            )?,
+            presence_penalty_milli: around_zero("generate.presence_penalty_milli", g.presence_penalty_milli)?,
+            frequency_penalty_milli: around_zero(
+                "generate.frequency_penalty_milli",
+                g.frequency_penalty_milli,
+            )?,
+            stop: f.list("generate.stop", g.stop, STOPS_MAX, |text| {
+                long("generate.stop", text, STOP_BYTES_MAX)
+            })?,
+            top_logprobs: g
+                .top_logprobs
+                .map(|n| up_to("generate.top_logprobs", n, 20))
+                .transpose()?,
+            response_format: long("generate.response_format", g.response_format, FORMAT_BYTES_MAX)?,
+            adapter: g.adapter.map(|a| f.artifact("generate.adapter", a)).transpose()?,
+            stream: g.stream,
+            keep_going: g.keep_going,
+        })
+    }
+
+    fn to_wire(&self) -> wire::Generate {
+        wire::Generate {
+            model: Some(self.model.into()),
+            model_name: self.model_name.clone(),
+            max_tokens: self.max_tokens,
+            temperature_milli: self.temperature_milli,
+            top_k: self.top_k,
+            top_p_milli: self.top_p_milli,
+            seed: self.seed,
+            raw: self.raw,
+            system: self.system.clone(),
+            min_p_milli: self.min_p_milli,
+            repetition_penalty_milli: self.repetition_penalty_milli,
+            presence_penalty_milli: self.presence_penalty_milli,
+            frequency_penalty_milli: self.frequency_penalty_milli,
+            stop: self.stop.clone(),
+            top_logprobs: self.top_logprobs,
+            response_format: self.response_format.clone(),
+            adapter: self.adapter.map(Into::into),
+            stream: self.stream,
+            keep_going: self.keep_going,
+        }
+    }
 }
 
 /// What to do with each item of the input.
@@ -78,6 +203,14 @@ impl Work {
             Self::Embed { model, .. } => Some(model),
             Self::Generate(g) => Some(&g.model),
         }
+    }
+    /// Every artifact it needs besides its input: the model, and what goes over it.
+    pub fn artifacts(&self) -> impl Iterator<Item = ArtifactRef> + '_ {
+        let adapter = match self {
+            Self::Generate(g) => g.adapter,
+            _ => None,
+        };
+        self.model().copied().into_iter().chain(adapter)
     }
     /// What the user called the model; empty without one.
     pub fn model_name(&self) -> &str {
@@ -160,17 +293,7 @@ impl Record for Order {
                 model: Some((*model).into()),
                 model_name: model_name.clone(),
             }),
-            Work::Generate(g) => wire::work::Kind::Generate(wire::Generate {
-                model: Some(g.model.into()),
-                model_name: g.model_name.clone(),
-                max_tokens: g.max_tokens,
-                temperature_milli: g.temperature_milli,
-                top_k: g.top_k,
-                top_p_milli: g.top_p_milli,
-                seed: g.seed,
-                raw: g.raw,
-                system: g.system.clone(),
-            }),
+            Work::Generate(g) => wire::work::Kind::Generate(g.to_wire()),
         };
         let names = |list: &[Institution]| list.iter().map(ToString::to_string).collect();
         let codes = |list: &[Country]| list.iter().map(ToString::to_string).collect();
@@ -212,26 +335,7 @@ impl Record for Order {
                 model: model("embed.model", e.model)?,
                 model_name: f.text("embed.model_name", e.model_name, 128)?,
             },
-            wire::work::Kind::Generate(g) => Work::Generate(Generate {
-                model: model("generate.model", g.model)?,
-                model_name: f.text("generate.model_name", g.model_name, 128)?,
-                max_tokens: f.within("generate.max_tokens", g.max_tokens.into(), 131_072)? as u32,
-                temperature_milli: f.within(
-                    "generate.temperature_milli",
-                    g.temperature_milli.into(),
-                    5_000,
-                )? as u32,
-                top_k: g.top_k,
-                top_p_milli: f.within("generate.top_p_milli", g.top_p_milli.into(), 1_000)? as u32,
-                seed: g.seed,
-                raw: g.raw,
-                // A system prompt may hold line breaks, so only its length is limited.
-                system: if g.system.len() <= 32_768 {
-                    g.system
-                } else {
-                    return Err(f.bad("generate.system", "is over 32768 bytes"));
-                },
-            }),
+            wire::work::Kind::Generate(g) => Work::Generate(Generate::from_wire(f, g)?),
         };
         let c = w.constraints.unwrap_or_default();
         let codes = |field, list: Vec<String>| f.list(field, list, 256, |t| f.parse(field, &t));

@@ -61,20 +61,10 @@ impl ChatTemplate {
 pub(super) fn messages(prompt: &Prompt) -> Option<Vec<Message>> {
     match prompt {
         Prompt::Raw { .. } => None,
-        Prompt::Chat { messages } => Some(messages.clone()),
+        Prompt::Chat { messages, .. } => Some(messages.clone()),
         Prompt::Text { text, system } => {
-            let system = system.iter().map(|content| Message {
-                role: "system".into(),
-                content: content.clone(),
-            });
-            Some(
-                system
-                    .chain([Message {
-                        role: "user".into(),
-                        content: text.clone(),
-                    }])
-                    .collect(),
-            )
+            let system = system.iter().map(|content| Message::new("system", content));
+            Some(system.chain([Message::new("user", text)]).collect())
         }
     }
 }
@@ -86,10 +76,7 @@ mod tests {
     fn render(source: &str, messages: &[(&str, &str)]) -> Result<String, EngineError> {
         let messages: Vec<Message> = messages
             .iter()
-            .map(|(role, content)| Message {
-                role: (*role).into(),
-                content: (*content).into(),
-            })
+            .map(|(role, content)| Message::new(*role, *content))
             .collect();
         ChatTemplate::new(source.into(), "<s>".into(), "</s>".into())
             .unwrap()

@@ -23,7 +23,7 @@ use crate::error::EngineError;
 use crate::inspect::{Format, ModelFile, inspect};
 use crate::probe;
 use crate::protocol::{
-    self, Isolation, Load, LoadKind, Meters, ModelFacts, Output, RUNS_MAX, Reply, Request, RunId, Work,
+    self, Isolation, Load, LoadKind, Meters, ModelFacts, Output, Piece, RUNS_MAX, Reply, Request, RunId, Work,
 };
 pub use check::{IsolationCheck, check_isolation};
 use meter::Meter;
@@ -61,7 +61,10 @@ impl Desk<'_> {
         if !text.is_empty() {
             self.outlet.say(&Reply::Token {
                 id: self.id,
-                text: text.to_owned(),
+                piece: Piece {
+                    text: text.to_owned(),
+                    ..Piece::default()
+                },
             });
         }
     }

@@ -1,8 +1,7 @@
 //! The lines of an input: read one by one, each checked, none trusted to be short.
+use super::wishes::{Wishes, field};
 use karez_core::records::Work;
-use karez_engine::protocol::Message;
-use serde::Deserialize;
-use serde_json::Value;
+use karez_engine::{json::Json, protocol::Message};
 use std::{
     fs::File,
     io::{self, BufRead, BufReader, Read},
@@ -21,8 +20,9 @@ pub(super) struct Item {
     /// Its line, counted from 0.
     pub(super) index: u64,
     /// Copied to the result.
-    pub(super) id: Option<Value>,
+    pub(super) id: Option<Json>,
     pub(super) asked: Asked,
+    pub(super) wishes: Wishes,
     /// Length of its line.
     pub(super) bytes: usize,
 }
@@ -107,25 +107,6 @@ fn read(
     Ok(())
 }
 
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum Raw {
-    Bare(String),
-    Fields(Fields),
-}
-
-#[derive(Deserialize)]
-struct Fields {
-    #[serde(default)]
-    id: Option<Value>,
-    #[serde(default)]
-    text: Option<String>,
-    #[serde(default)]
-    prompt: Option<String>,
-    #[serde(default)]
-    messages: Option<Vec<Message>>,
-}
-
 fn parse(line: &[u8], work: &Work, index: u64) -> Result<Item, String> {
     let text = std::str::from_utf8(line).map_err(|_| "is not UTF-8".to_owned())?;
     let (wanted, generate, raw_prompt) = match work {
@@ -140,36 +121,43 @@ fn parse(line: &[u8], work: &Work, index: u64) -> Result<Item, String> {
         return Err(format!("is empty: expected {wanted}"));
     }
     // Told apart from the wrong shape: the two are mended differently.
-    let value: Value = serde_json::from_str(text).map_err(|error| {
+    let line_json: Json = serde_json::from_str(text).map_err(|error| {
         // One line: serde's own line number would mislead.
         let why = error.to_string();
         format!("is not JSON: {}", why.split(" at line").next().unwrap_or(&why))
     })?;
-    let raw = serde_json::from_value(value).map_err(|_| format!("has the wrong shape: expected {wanted}"))?;
-    let (id, asked) = match raw {
-        Raw::Bare(text) => (None, Asked::Text(text)),
-        Raw::Fields(Fields {
-            id,
-            text,
-            prompt,
-            messages,
-        }) => {
-            let asked = match (generate, text, prompt, messages) {
-                (false, Some(text), ..) => Asked::Text(text),
-                (true, _, Some(prompt), None) => Asked::Text(prompt),
-                (true, _, None, Some(_)) if raw_prompt => {
-                    return Err("has messages, but the order asks for prompts as they stand".into());
+    let misshapen = || format!("has the wrong shape: expected {wanted}");
+    let (id, asked, wishes) = match &line_json {
+        Json::Text(text) => (None, Asked::Text(text.clone()), Wishes::default()),
+        Json::Object(_) => {
+            let of = |name| field::<String>(&line_json, name);
+            let asked = if !generate {
+                Asked::Text(of("text")?.ok_or_else(misshapen)?)
+            } else {
+                match (of("prompt")?, field::<Vec<Message>>(&line_json, "messages")?) {
+                    (Some(prompt), None) => Asked::Text(prompt),
+                    (None, Some(_)) if raw_prompt => {
+                        return Err("has messages, but the order asks for prompts as they stand".into());
+                    }
+                    (None, Some(messages)) if !messages.is_empty() => Asked::Messages(messages),
+                    _ => return Err(misshapen()),
                 }
-                (true, _, None, Some(messages)) if !messages.is_empty() => Asked::Messages(messages),
-                _ => return Err(format!("has the wrong shape: expected {wanted}")),
             };
-            (id, asked)
+            let wishes = if generate {
+                Wishes::read(&line_json)?
+            } else {
+                Wishes::default()
+            };
+            let id = line_json.get("id").filter(|id| **id != Json::Null);
+            (id.cloned(), asked, wishes)
         }
+        _ => return Err(misshapen()),
     };
     Ok(Item {
         index,
         id,
         asked,
+        wishes,
         bytes: line.len(),
     })
 }
@@ -199,15 +187,8 @@ mod tests {
     }
     fn generate(raw: bool) -> Work {
         Work::Generate(Generate {
-            model: artifact(),
-            model_name: String::new(),
-            max_tokens: 1,
-            temperature_milli: 0,
-            top_k: 0,
-            top_p_milli: 0,
-            seed: 0,
             raw,
-            system: String::new(),
+            ..Generate::greedy(artifact(), "", 1)
         })
     }
 
@@ -233,7 +214,7 @@ mod tests {
         assert_eq!(
             said,
             [
-                (1, Some(Value::from(7)), Asked::Text("b".into())),
+                (1, Some(Json::Number(7.into())), Asked::Text("b".into())),
                 (2, None, Asked::Text("c".into())),
                 (3, None, Asked::Text("d".into())),
             ]

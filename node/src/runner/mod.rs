@@ -8,6 +8,7 @@
 mod input;
 mod output;
 mod warm;
+mod wishes;
 
 use crate::{artifacts::Artifacts, stop::Stopped};
 use input::{Asked, Item, Lines};
@@ -19,12 +20,12 @@ use karez_core::{
 };
 use karez_engine::{
     EngineError, Event, Run,
-    protocol::{self, Finish, Load, LoadKind, Output, Prompt},
+    json::Json,
+    protocol::{self, Finish, Load, LoadKind, Output, Prompt, TokenLogprob},
 };
 use karez_net::store::Pin;
 use output::Results;
 use serde::Serialize;
-use serde_json::Value;
 use std::{
     collections::VecDeque,
     path::PathBuf,
@@ -156,7 +157,7 @@ struct Running {
 struct Line<'a, T> {
     index: u64,
     #[serde(skip_serializing_if = "Option::is_none")]
-    id: Option<&'a Value>,
+    id: Option<&'a Json>,
     #[serde(flatten)]
     what: T,
 }
@@ -174,7 +175,16 @@ struct Answer<'a> {
     text: &'a str,
     tokens_in: u64,
     tokens_out: u64,
+    #[serde(skip_serializing_if = "is_zero")]
+    tokens_cached: u64,
     finish: Finish,
+    #[serde(skip_serializing_if = "<[_]>::is_empty")]
+    logprobs: &'a [TokenLogprob],
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde asks for a reference")]
+fn is_zero(n: &u64) -> bool {
+    *n == 0
 }
 
 impl Running {
@@ -187,7 +197,7 @@ impl Running {
         }
     }
 
-    fn write<T: Serialize>(&mut self, index: u64, id: Option<&Value>, what: T) -> Result<(), Failure> {
+    fn write<T: Serialize>(&mut self, index: u64, id: Option<&Json>, what: T) -> Result<(), Failure> {
         self.results
             .line(&Line { index, id, what })
             .map_err(|e| Failure::Node(format!("the node's disk: {e}")))?;
@@ -362,7 +372,7 @@ impl Running {
                 if batch.is_empty() {
                     more = false;
                 } else {
-                    let run = lent.worker().run(self.work_of(&batch))?;
+                    let run = lent.worker().run(self.work_of(&batch)?)?;
                     flight.push_back((batch, run));
                 }
             }
@@ -374,7 +384,7 @@ impl Running {
                 () = self.stopped.said() => return Err(Failure::Stopped),
             };
             match event {
-                Some(Event::Token(_)) => self.live_tokens += 1,
+                Some(Event::Token(piece)) => self.live_tokens += piece.tokens.len() as u64,
                 Some(Event::Done { output, meters }) => {
                     self.live_tokens = 0;
                     add(&mut self.meters, &meters);
@@ -419,8 +429,8 @@ impl Running {
         Ok(batch)
     }
 
-    fn work_of(&self, batch: &[Item]) -> protocol::Work {
-        match (&self.job.order.work, batch) {
+    fn work_of(&self, batch: &[Item]) -> Result<protocol::Work, Failure> {
+        Ok(match (&self.job.order.work, batch) {
             (Work::Generate(g), [item, ..]) => {
                 let system = Some(g.system.clone()).filter(|s| !s.is_empty());
                 let prompt = match &item.asked {
@@ -432,29 +442,15 @@ impl Running {
                     Asked::Messages(messages) => {
                         let has_system = messages.first().is_some_and(|m| m.role == "system");
                         let system = system.filter(|_| !has_system);
-                        let system = system.map(|content| protocol::Message {
-                            role: "system".into(),
-                            content,
-                        });
+                        let system = system.map(|content| protocol::Message::new("system", content));
                         Prompt::Chat {
                             messages: system.into_iter().chain(messages.iter().cloned()).collect(),
+                            tools: Vec::new(),
                         }
                     }
                 };
-                protocol::Work::Generate(protocol::Generate {
-                    prompt,
-                    max_tokens: Some(g.max_tokens).filter(|n| *n > 0),
-                    temperature: g.temperature_milli as f32 / 1000.0,
-                    top_k: g.top_k,
-                    top_p: if g.top_p_milli == 0 {
-                        1.0
-                    } else {
-                        g.top_p_milli.min(1000) as f32 / 1000.0
-                    },
-                    // The same however the job is cut, and not the same draw for every line.
-                    seed: g.seed.wrapping_add(item.index),
-                    stop: Vec::new(),
-                })
+                let request = item.wishes.request(g, prompt, item.index).map_err(Failure::Job)?;
+                protocol::Work::Generate(request)
             }
             _ => protocol::Work::Embed {
                 texts: batch
@@ -465,7 +461,7 @@ impl Running {
                     })
                     .collect(),
             },
-        }
+        })
     }
 
     fn results_of(&mut self, batch: &[Item], output: Output, used: &protocol::Meters) -> Result<(), Failure> {
@@ -476,12 +472,18 @@ impl Running {
                 }
                 Ok(())
             }
-            Output::Text { text, finish } if batch.len() == 1 => {
+            Output::Text {
+                text,
+                finish,
+                logprobs,
+            } if batch.len() == 1 => {
                 let answer = Answer {
                     text: &text,
                     tokens_in: used.tokens_in,
                     tokens_out: used.tokens_out,
+                    tokens_cached: used.tokens_cached,
                     finish,
+                    logprobs: &logprobs,
                 };
                 self.write(batch[0].index, batch[0].id.as_ref(), answer)
             }

@@ -137,6 +137,7 @@ impl Llama {
     }
 
     fn generate(&mut self, request: &Generate, desk: &mut Desk<'_>) -> Result<Output, EngineError> {
+        not_yet(request)?;
         let mut sampler = sampler(request)?;
         if request.stop.len() > STOPS_MAX {
             return Err(EngineError::bad_input(format!(
@@ -186,7 +187,11 @@ impl Llama {
         let rest = stream.finish();
         desk.token(&rest);
         answer.push_str(&rest);
-        Ok(Output::Text { text: answer, finish })
+        Ok(Output::Text {
+            text: answer,
+            finish,
+            logprobs: Vec::new(),
+        })
     }
 
     /// Brings the whole prompt into the cache, and the logits of its last token out.
@@ -268,6 +273,26 @@ impl Engine for Llama {
         }
         result
     }
+}
+
+/// Refuses what this engine does not do, rather than pass it over.
+fn not_yet(request: &Generate) -> Result<(), EngineError> {
+    let known = Generate {
+        prompt: request.prompt.clone(),
+        max_tokens: request.max_tokens,
+        temperature: request.temperature,
+        top_k: request.top_k,
+        top_p: request.top_p,
+        seed: request.seed,
+        stop: request.stop.clone(),
+        ..Generate::greedy(request.prompt.clone(), 0)
+    };
+    if known == *request {
+        return Ok(());
+    }
+    Err(EngineError::Unsupported {
+        reason: "this engine samples by temperature, top_k, top_p, seed and stop only".into(),
+    })
 }
 
 fn sampler(request: &Generate) -> Result<LlamaSampler, EngineError> {
@@ -365,7 +390,7 @@ mod tests {
 
     #[test]
     fn the_version_told_is_the_version_pinned() {
-        let table = include_str!("../../../Cargo.toml");
+        let table = include_str!("../../../../Cargo.toml");
         assert!(table.contains(&format!("llama-cpp-sys-2 = {{ version = \"={VERSION}\"")));
     }
 }

@@ -2,9 +2,16 @@
 //!
 //! Frames are a little-endian `u32` length and that many bytes of JSON, at most [`FRAME_MAX`]. The node writes
 //! [`Request`]s to the worker's standard input and reads [`Reply`]s from its standard output; standard error
-//! carries log lines. One worker loads one model, once, and answers one run at a time in the order of arrival.
+//! carries log lines. One worker loads one model, once. It answers as many generations at a time as it has sequences
+//! ([`Load::sequences`]), and other work in the order of arrival.
 //!
 //! Not here: the process itself (`client` and `worker`).
+mod generate;
+
+pub use generate::{
+    Adapter, BIASES_MAX, Finish, Generate, JsonSchema, Message, Piece, Prompt, ResponseFormat,
+    STOP_BYTES_MAX, STOPS_MAX, TOP_LOGPROBS_MAX, TokenLogprob, TopLogprob,
+};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use std::io::{self, Read, Write};
 use std::path::PathBuf;
@@ -16,10 +23,10 @@ use crate::unit::{Bytes, Millis};
 pub const FRAME_MAX: usize = 16 << 20;
 /// Runs a worker holds at most, the one in progress counted. One more is answered [`EngineError::Busy`].
 pub const RUNS_MAX: usize = 256;
+/// Sequences of one worker at most.
+pub const SEQUENCES_MAX: u16 = 64;
 /// Texts of one [`Work::Embed`] at most.
 pub const TEXTS_MAX: usize = 1024;
-/// Stop strings of one [`Generate`] at most, each of at most this many bytes too.
-pub const STOPS_MAX: usize = 16;
 
 /// Names a run within one worker; chosen by the node and never used twice.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -32,7 +39,7 @@ pub struct RunId(pub u64);
 pub enum LoadKind {
     /// Text generation from a GGUF file.
     Generate,
-    /// Sentence vectors from a safetensors directory.
+    /// Sentence vectors from a safetensors directory or a GGUF file.
     Embed,
     /// No model: waits for a given time. For tests and for measuring the network itself.
     Noop,
@@ -53,6 +60,19 @@ pub struct Load {
     pub memory_limit: Option<Bytes>,
     /// Layers to put on a GPU when the build has a GPU back end; all that fit when absent.
     pub gpu_layers: Option<u32>,
+    /// Generations computed at a time; 1 when absent, [`SEQUENCES_MAX`] at most. With 1, an answer does not depend
+    /// on the worker's other work to the last bit; with more, up to rounding.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sequences: Option<u16>,
+    /// Tokens that all sequences together can hold; `context_tokens` when absent, and never less.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cache_tokens: Option<u32>,
+    /// A directory whose files the worker may read too: the adapters that requests name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub adapters: Option<PathBuf>,
+    /// The model's BLAKE3 digest in hexadecimal. With it, adapters that name another base are refused.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub digest: Option<String>,
 }
 
 impl Load {
@@ -65,6 +85,10 @@ impl Load {
             threads: None,
             memory_limit: None,
             gpu_layers: None,
+            sequences: None,
+            cache_tokens: None,
+            adapters: None,
+            digest: None,
         }
     }
 }
@@ -109,83 +133,6 @@ pub enum Work {
     },
 }
 
-/// A generation: a prompt and how to sample its continuation.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Generate {
-    /// What to continue or answer.
-    pub prompt: Prompt,
-    /// Tokens to generate at most; to the end of the context when absent.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub max_tokens: Option<u32>,
-    /// 0 always takes the likeliest token.
-    #[serde(default)]
-    pub temperature: f32,
-    /// Sample among this many likeliest tokens; 0 for no limit.
-    #[serde(default)]
-    pub top_k: u32,
-    /// Sample among the likeliest tokens that make up this share of probability; 1 for no limit.
-    #[serde(default = "one")]
-    pub top_p: f32,
-    /// Equal seeds give equal texts on one engine build, thread count and instruction set.
-    #[serde(default)]
-    pub seed: u64,
-    /// Texts that end the answer; they are not part of it. At most [`STOPS_MAX`].
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub stop: Vec<String>,
-}
-
-impl Generate {
-    /// The likeliest continuation of `prompt`.
-    pub fn greedy(prompt: Prompt, max_tokens: u32) -> Self {
-        Self {
-            prompt,
-            max_tokens: Some(max_tokens),
-            temperature: 0.0,
-            top_k: 0,
-            top_p: 1.0,
-            seed: 0,
-            stop: Vec::new(),
-        }
-    }
-}
-
-fn one() -> f32 {
-    1.0
-}
-
-/// What a generation starts from.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(tag = "type", rename_all = "snake_case")]
-pub enum Prompt {
-    /// Given to the model exactly as it is; special tokens in it count as such.
-    Raw {
-        /// The text.
-        text: String,
-    },
-    /// One question, put through the model's chat template.
-    Text {
-        /// The question.
-        text: String,
-        /// How the model should behave.
-        #[serde(default, skip_serializing_if = "Option::is_none")]
-        system: Option<String>,
-    },
-    /// A conversation, put through the model's chat template.
-    Chat {
-        /// Oldest first.
-        messages: Vec<Message>,
-    },
-}
-
-/// One turn of a conversation.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Message {
-    /// `system`, `user` or `assistant`; the model's template may know more.
-    pub role: String,
-    /// What was said.
-    pub content: String,
-}
-
 /// What the worker says.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "type", rename_all = "snake_case")]
@@ -194,12 +141,12 @@ pub enum Reply {
     Ready(ModelFacts),
     /// The worker is at work, and has nothing to show for it yet.
     Alive,
-    /// A piece of an answer: whole code points, never empty.
+    /// A piece of an answer.
     Token {
         /// The run.
         id: RunId,
         /// The piece.
-        text: String,
+        piece: Piece,
     },
     /// A run is finished.
     Done {
@@ -231,6 +178,9 @@ pub enum Output {
         text: String,
         /// Why it ended.
         finish: Finish,
+        /// One for each token, when asked for.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        logprobs: Vec<TokenLogprob>,
     },
     /// One unit-length vector for each text, in the order of the texts.
     Vectors {
@@ -243,18 +193,6 @@ pub enum Output {
     Nothing,
 }
 
-/// Why a text ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Finish {
-    /// The model ended it, or a stop string did.
-    Stop,
-    /// `max_tokens` were generated.
-    Length,
-    /// The context is full.
-    Context,
-}
-
 /// What a run took.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Meters {
@@ -264,9 +202,10 @@ pub struct Meters {
     pub tokens_out: u64,
     /// Tokens of `tokens_in` that needed no computing.
     pub tokens_cached: u64,
-    /// Processor time of all the worker's threads during the run.
+    /// Processor time of all the worker's threads for the run. A step that several runs share is divided among them
+    /// by their tokens in it, so that all runs together never cost more than the worker took.
     pub cpu_ms: Millis,
-    /// Time on the wall during the run, waiting in the queue not counted.
+    /// Time on the wall for the run, divided in the same way; waiting is not counted.
     pub wall_ms: Millis,
     /// The largest resident size of the process so far.
     pub peak_rss: Bytes,
