@@ -3,7 +3,8 @@ use crate::{
     cli::Context,
     fault::{Kind, fault},
     link::{self, Link, call},
-    out::{Column, Table, moment, size},
+    network,
+    out::{Column, Table, minute, size},
     task,
 };
 use anyhow::{Context as _, Result};
@@ -19,7 +20,10 @@ use std::path::PathBuf;
 
 /// `karez artifact`.
 #[derive(Debug, Args)]
-#[command(after_help = "Example:\n  karez artifact add ./all-MiniLM-L6-v2 --model all-MiniLM-L6-v2")]
+#[command(
+    arg_required_else_help = true,
+    after_help = "Example:\n  karez artifact add ./all-MiniLM-L6-v2 --model all-MiniLM-L6-v2"
+)]
 pub(crate) struct ArtifactArgs {
     #[command(subcommand)]
     command: ArtifactCommand,
@@ -31,10 +35,13 @@ enum ArtifactCommand {
     #[command(after_help = "\
 Examples:
   karez artifact add data.jsonl
+  karez artifact add --shipped
   karez artifact add ./my-model --model my-model --licence Apache-2.0")]
     Add(AddArgs),
     /// Fetch an artifact from the scheduler, or from the local store
-    #[command(after_help = "Example:\n  karez artifact get blob:9f...:812 -o data.jsonl")]
+    #[command(
+        after_help = "Examples:\n  karez artifact get karez-tiny -o karez-tiny.gguf\n  karez artifact get blob:DIGEST:BYTES -o data.jsonl"
+    )]
     Get(GetArgs),
     /// List the local store
     #[command(after_help = "Example:\n  karez artifact ls")]
@@ -44,7 +51,11 @@ Examples:
 #[derive(Debug, Args)]
 struct AddArgs {
     /// A file, or a directory
-    path: PathBuf,
+    #[arg(required_unless_present = "shipped", conflicts_with = "shipped")]
+    path: Option<PathBuf>,
+    /// The small model that is part of this program, as karez-tiny
+    #[arg(long, conflicts_with = "model")]
+    shipped: bool,
     /// Give it this name in the scheduler's catalogue; its headers are checked first
     #[arg(long, value_name = "NAME")]
     model: Option<String>,
@@ -77,12 +88,28 @@ pub(crate) async fn run(context: &Context, args: ArtifactArgs) -> Result<()> {
 }
 
 async fn add(context: &Context, args: AddArgs) -> Result<()> {
-    let path = args.path;
-    if !path.exists() {
-        return Err(fault(
-            Kind::NotFound,
-            format!("{} does not exist", path.display()),
-        ));
+    let Some(path) = args.path else {
+        let link = link::open(&context.home).await?;
+        network::add_shipped_model(context, &link).await?;
+        return named(context, network::SHIPPED_MODEL);
+    };
+    match std::fs::symlink_metadata(&path) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            return Err(fault(
+                Kind::NotFound,
+                format!("{} does not exist: give a file or a directory", path.display()),
+            ));
+        }
+        _ if path.is_file() || path.is_dir() => {}
+        _ => {
+            return Err(fault(
+                Kind::Refused,
+                format!(
+                    "{} is neither a file nor a directory that can be read",
+                    path.display()
+                ),
+            ));
+        }
     }
     let format = match &args.model {
         Some(_) => Some(check_model(&path)?),
@@ -122,6 +149,13 @@ async fn add(context: &Context, args: AddArgs) -> Result<()> {
 
 /// Reads the headers of the model at `path`; the format's name in the catalogue, or why it is no model.
 pub(crate) fn check_model(path: &std::path::Path) -> Result<&'static str> {
+    if path.is_dir() && !path.join("config.json").exists() {
+        let name = path.display();
+        let why = format!(
+            "{name} holds no config.json: a model is a .gguf file, or a directory with config.json, tokenizer.json and model.safetensors"
+        );
+        return Err(fault(Kind::Refused, why));
+    }
     let found = inspect::inspect(path).map_err(|error| fault(Kind::Refused, error.to_string()))?;
     Ok(format_name(found.format))
 }
@@ -153,9 +187,21 @@ pub(crate) async fn name_model(
     Ok(())
 }
 
+/// Says that the model of that name can be used now.
+fn named(context: &Context, model: &str) -> Result<()> {
+    if context.out.json {
+        context.out.json(&json!({"model": model}));
+    } else {
+        context
+            .out
+            .line(format!("{model} is known: `karez models` lists it"));
+    }
+    Ok(())
+}
+
 async fn get(context: &Context, args: GetArgs) -> Result<()> {
     let output = args.output;
-    if output.exists() {
+    if std::fs::symlink_metadata(&output).is_ok() {
         return Err(fault(
             Kind::Refused,
             format!("{} exists already: choose another path with -o", output.display()),
@@ -167,11 +213,14 @@ async fn get(context: &Context, args: GetArgs) -> Result<()> {
             let link = link::open(&context.home).await?;
             let artifact = match args.artifact.parse::<ArtifactRef>() {
                 Ok(artifact) => artifact,
-                Err(_) if args.artifact.contains(':') || args.artifact.parse::<Digest>().is_ok() => {
+                Err(error) if args.artifact.contains(':') => {
+                    return Err(fault(Kind::Refused, error.to_string()));
+                }
+                Err(_) if args.artifact.parse::<Digest>().is_ok() => {
                     return Err(fault(
                         Kind::NotFound,
                         format!(
-                            "{} is not in the local store: name it as blob:DIGEST:BYTES or tree:DIGEST:BYTES",
+                            "{} is not in the local store: to fetch it, name it as blob:DIGEST:BYTES or tree:DIGEST:BYTES",
                             args.artifact
                         ),
                     ));
@@ -253,7 +302,7 @@ fn ls(context: &Context) -> Result<()> {
             s.artifact.kind.to_string(),
             s.artifact.digest.to_string(),
             size(s.artifact.bytes.0),
-            moment(s.used_at.0).replace('T', " ").replace('Z', ""),
+            minute(s.used_at.0),
             if s.complete {
                 String::new()
             } else {

@@ -9,9 +9,9 @@ use std::path::PathBuf;
 
 const ROOT_EXAMPLES: &str = "\
 Examples:
-  karez up                                  a network on this machine
+  karez up        # a network on this machine
+  karez generate \"Why should I rotate my crops?\"
   karez embed sentences.txt -o vectors.jsonl
-  karez generate \"Why rotate crops?\"
   karez down
 
 `karez help exit-codes` lists the exit codes.";
@@ -32,15 +32,9 @@ pub(crate) struct Global {
     /// Print JSON instead of text: one document, or one per line for streams
     #[arg(long, global = true, help_heading = "Everywhere")]
     pub(crate) json: bool,
-    /// The folder with your key, your settings and your artifacts [default: ~/.karez]
-    #[arg(
-        long,
-        global = true,
-        value_name = "DIR",
-        env = "KAREZ_HOME",
-        hide_env_values = true,
-        help_heading = "Everywhere"
-    )]
+    // Not clap's `env`: a variable would count as an argument, and `karez` alone would no longer show its help.
+    /// The folder with your key, your settings and your artifacts [default: $KAREZ_HOME, else ~/.karez]
+    #[arg(long, global = true, value_name = "DIR", help_heading = "Everywhere")]
     pub(crate) home: Option<PathBuf>,
     /// No progress and no remarks
     #[arg(
@@ -102,7 +96,7 @@ pub(crate) enum Command {
     /// The engine's process; started by nodes
     #[command(
         hide = true,
-        after_help = "Example:\n  karez worker    (speaks frames on standard input and output)"
+        after_help = "Example:\n  karez worker    # speaks frames on standard input and output"
     )]
     Worker,
 }
@@ -116,9 +110,10 @@ pub(crate) struct Context {
 
 /// `karez completions`.
 #[derive(Debug, Args)]
-#[command(
-    after_help = "Example:\n  karez completions bash > ~/.local/share/bash-completion/completions/karez"
-)]
+#[command(after_help = "\
+Examples:
+  source <(karez completions bash)            # for this shell
+  karez completions bash >> ~/.bash_completion")]
 pub(crate) struct CompletionsArgs {
     /// For which shell
     shell: clap_complete::Shell,
@@ -126,7 +121,13 @@ pub(crate) struct CompletionsArgs {
 
 pub(crate) fn completions(context: &Context, args: &CompletionsArgs) -> Result<()> {
     let mut text = Vec::new();
-    clap_complete::generate(args.shell, &mut Cli::command(), "karez", &mut text);
+    // Commands for machines are not offered.
+    let all = Cli::command();
+    let visible = all.get_subcommands().filter(|c| !c.is_hide_set()).cloned();
+    let mut shown = clap::Command::new("karez")
+        .args(all.get_arguments().cloned())
+        .subcommands(visible);
+    clap_complete::generate(args.shell, &mut shown, "karez", &mut text);
     context.out.raw(&text);
     Ok(())
 }
@@ -160,6 +161,85 @@ mod tests {
                 );
             }
         });
+    }
+
+    /// The `karez` commands in lines of shell, cut into words as a shell would. Comments, redirections and what is
+    /// not `karez` are left out.
+    fn commands(text: &str) -> Vec<Vec<String>> {
+        let mut found = Vec::new();
+        for line in text.lines().filter(|l| l.contains("karez ")) {
+            let (mut words, mut word, mut quote) = (Vec::new(), None::<String>, None);
+            for c in line.chars().chain(['\n']) {
+                match (quote, c) {
+                    (Some(q), _) if q == c => quote = None,
+                    (Some(_), _) => word.get_or_insert_default().push(c),
+                    (None, '"' | '\'') => {
+                        quote = Some(c);
+                        word.get_or_insert_default();
+                    }
+                    (None, '#') if word.is_none() => break,
+                    (None, '|' | '&' | '<' | '>' | '(' | ')' | '\n') => {
+                        words.extend(word.take());
+                        found.push(std::mem::take(&mut words));
+                    }
+                    (None, _) if c.is_whitespace() => words.extend(word.take()),
+                    (None, _) => word.get_or_insert_default().push(c),
+                }
+            }
+            words.extend(word);
+            found.push(words);
+        }
+        found.retain(|words| words.first().is_some_and(|w| w == "karez"));
+        found
+    }
+
+    /// Every command of `text` is understood. Stand-ins for ids become ids.
+    #[track_caller]
+    fn understood(text: &str) -> usize {
+        let commands = commands(text);
+        for words in &commands {
+            let words = words.iter().map(|w| match w.as_str() {
+                "JOB" => "3f2a1b".to_owned(),
+                "KEY" => "3b6a27bcceb6a42d62a3a8d02a6f0d73653215771de243a63ac048a18b59da29".to_owned(),
+                w => w.to_owned(),
+            });
+            let words: Vec<String> = words.collect();
+            if let Err(error) = Cli::try_parse_from(&words) {
+                use clap::error::ErrorKind::{DisplayHelp, DisplayVersion};
+                let fine = matches!(error.kind(), DisplayHelp | DisplayVersion);
+                assert!(fine, "{words:?} is not understood: {error}");
+            }
+        }
+        commands.len()
+    }
+
+    #[test]
+    fn what_help_and_readme_show_is_understood_as_it_stands() {
+        let mut seen = 0;
+        walk(&Cli::command(), "karez", &mut |command, _| {
+            let help = command.get_after_help().map(ToString::to_string);
+            seen += understood(&help.unwrap_or_default());
+        });
+        assert!(seen > 40, "only {seen} examples were found");
+        let readme = include_str!("../README.md");
+        let blocks = readme.split("```sh\n").skip(1);
+        let shown: usize = blocks
+            .map(|block| understood(block.split("```").next().unwrap_or_default()))
+            .sum();
+        assert!(shown > 15, "only {shown} commands were found in the README");
+    }
+
+    #[test]
+    fn completions_offer_what_people_use() {
+        let root = Cli::command();
+        assert!(
+            root.find_subcommand("worker")
+                .is_some_and(clap::Command::is_hide_set)
+        );
+        assert_eq!(
+            commands("a | karez x 'b c' # d\nkarez y > z && karez \"\""),
+            [vec!["karez", "x", "b c"], vec!["karez", "y"], vec!["karez", ""]]
+        );
     }
 
     #[test]

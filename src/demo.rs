@@ -34,6 +34,7 @@ const LANGUAGES_MIN: usize = 6;
 Everything runs on this machine, in a folder that is removed at the end.
 
 Examples:
+  karez demo
   karez demo --minilm ./all-MiniLM-L6-v2
   karez demo --minilm ./all-MiniLM-L6-v2 --texts ./udhr")]
 pub(crate) struct DemoArgs {
@@ -174,7 +175,7 @@ async fn embed(
     let Some(dir) = minilm else {
         say.wrapped(
             &format!(
-                "Skipped: {MINILM} is not here. Fetch it (`make minilm`) and pass its folder with --minilm DIR. \
+                "Skipped: {MINILM} is not here. Fetch it with scripts/fetch-minilm and pass its folder with --minilm DIR. \
                  The demo goes on with the model that is part of Karez."
             ),
             "",
@@ -201,7 +202,8 @@ async fn embed(
         plural(languages.len() as u64, "language")
     ));
     let what = What::Embed { model: MINILM.into() };
-    let items = Items::of_texts(what.field(), sentences.iter().map(|s| s.text.as_str()))?;
+    let texts = sentences.iter().map(|s| s.text.as_str());
+    let items = Items::of_texts(what.field(), texts, context.home.dir())?;
     let options = JobOptions {
         part_items: u32::try_from(sentences.len().div_ceil(3)).unwrap_or(0),
         label: "demo: embeddings".into(),
@@ -293,7 +295,8 @@ async fn generate(context: &Context, say: &Say) -> Result<Value> {
         model: SHIPPED_MODEL.into(),
         sampling,
     };
-    let items = Items::of_texts(what.field(), questions.iter().map(|q| q.question.as_str()))?;
+    let texts = questions.iter().map(|q| q.question.as_str());
+    let items = Items::of_texts(what.field(), texts, context.home.dir())?;
     let options = JobOptions {
         part_items: 4,
         label: "demo: answers".into(),

@@ -1,18 +1,19 @@
 //! `karez embed`: texts in, vectors out.
 use crate::{
     cli::Context,
-    input,
+    input::{self, Field, Items},
     link::{self, Link},
     options::JobOptions,
     out::plural,
     report,
-    task::{self, Sink, Task, What, interruptible},
+    sink::Sink,
+    task::{self, Task, What, interruptible},
     view,
 };
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use clap::Args;
 use serde_json::json;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// `karez embed`.
 #[derive(Debug, Args)]
@@ -35,23 +36,31 @@ pub(crate) struct EmbedArgs {
 
 pub(crate) async fn run(context: &Context, args: EmbedArgs) -> Result<()> {
     let what = What::Embed { model: args.model };
-    let items = input::read(&args.file, what.field())?;
-    if items.blank > 0 {
-        context
-            .out
-            .note(format!("{} passed over", plural(items.blank, "blank line")));
-    }
+    let task = ready(context, what, args.options, true, |field, dir| {
+        input::read(&args.file, field, dir)
+    })?;
     let link = link::open(&context.home).await?;
-    submit_and_wait(
-        context,
-        link,
-        Task {
-            what,
-            items,
-            options: args.options,
-        },
-    )
-    .await
+    submit_and_wait(context, link, task).await
+}
+
+/// Everything that can be found out before the scheduler is asked: whether the results could be written, if they go
+/// `to_file`, and whether every item is good.
+pub(crate) fn ready(
+    context: &Context,
+    what: What,
+    options: JobOptions,
+    to_file: bool,
+    read: impl FnOnce(Field, &Path) -> Result<Items>,
+) -> Result<Task> {
+    if to_file && !options.detach {
+        Sink::check(context.out, options.output.as_deref())?;
+    }
+    let items = read(what.field(), context.home.dir())?;
+    if items.blank > 0 {
+        let blank = plural(items.blank, "blank line");
+        context.out.warn(format!("{blank} passed over"));
+    }
+    Ok(Task { what, items, options })
 }
 
 /// Submits `task`; unless detached, waits, writes the results and prints the report.
@@ -75,9 +84,18 @@ pub(crate) async fn submit_and_wait(context: &Context, link: Link, task: Task) -
         }
         running.finish(out).await?;
         let sink = Sink::choose(out, task.options.output.as_deref(), &running.job);
-        let mut opened = sink.open(out)?;
-        let written = running.results(out, opened.writer()).await?;
-        opened.done()?;
+        let written = async {
+            let mut opened = sink.open(out)?;
+            let written = running.results(out, opened.writer()).await?;
+            opened.done()?;
+            anyhow::Ok(written)
+        };
+        let written = written.await.with_context(|| {
+            let short = running.job.short();
+            format!(
+                "the job is done and its results are kept, `karez job fetch {short} -o FILE` gets them again"
+            )
+        })?;
         if out.json {
             let path = sink.path().map(|p| p.display().to_string());
             if path.is_some() {

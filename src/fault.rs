@@ -78,8 +78,11 @@ fn kind_of(cause: &(dyn std::error::Error + 'static)) -> Option<Kind> {
             _ => Kind::Other,
         });
     }
-    if cause.is::<IdentityError>() {
-        return Some(Kind::NotAdmitted);
+    if let Some(error) = cause.downcast_ref::<IdentityError>() {
+        return Some(match error {
+            IdentityError::Io { .. } => Kind::Other,
+            _ => Kind::NotAdmitted,
+        });
     }
     if let Some(status) = cause.downcast_ref::<tonic::Status>() {
         return Some(kind_of_status(status));
@@ -114,20 +117,65 @@ pub(crate) fn refused(status: tonic::Status) -> anyhow::Error {
     fault(kind, message)
 }
 
-/// The whole chain in one line: causes that repeat what was already said are left out.
+/// The whole chain in one line: causes that repeat what was already said are left out, and so is what the next
+/// cause says again at its beginning.
 pub(crate) fn one_line(error: &anyhow::Error) -> String {
-    let mut out = String::new();
+    let mut said: Vec<String> = Vec::new();
     for cause in error.chain() {
         let text = cause.to_string().split_whitespace().collect::<Vec<_>>().join(" ");
-        if out.contains(&text) {
+        if said.iter().any(|s| s.contains(&text)) {
             continue;
         }
-        if !out.is_empty() {
-            out.push_str(": ");
+        let again = |last: &String| {
+            let rest = text.strip_prefix(last.as_str());
+            rest.is_some_and(|rest| rest.starts_with([':', ' ', ',']))
+        };
+        if said.last().is_some_and(again) {
+            said.pop();
         }
-        out.push_str(&text);
+        said.push(text);
     }
-    out
+    advised(said.join(": "))
+}
+
+/// The system's own error numbers say little to most people: what to do says more.
+fn advised(text: String) -> String {
+    const BEGIN: &str = " (os error ";
+    let Some(at) = text.find(BEGIN) else { return text };
+    let Some(length) = text[at..].find(')') else {
+        return text;
+    };
+    let number = text[at + BEGIN.len()..at + length].parse();
+    let advice = number
+        .ok()
+        .and_then(|n| advice(&std::io::Error::from_raw_os_error(n)));
+    match advice {
+        None => text,
+        Some(advice) => format!("{}{}: {advice}", &text[..at], &text[at + length + 1..]),
+    }
+}
+
+fn advice(error: &std::io::Error) -> Option<&'static str> {
+    use std::io::ErrorKind as E;
+    Some(match error.kind() {
+        E::PermissionDenied => "see whose it is and who may use it, or choose another place",
+        E::NotFound => "see whether the path is right and its folder exists",
+        E::NotADirectory => "a part of this path is no folder, choose another place",
+        E::IsADirectory => "give a file",
+        E::StorageFull | E::QuotaExceeded => "make room there and try again, nothing was lost",
+        E::ReadOnlyFilesystem => "nothing can be written there, choose another place",
+        E::InvalidFilename => "choose a shorter or simpler name",
+        _ => return None,
+    })
+}
+
+/// The table of exit codes for programs.
+pub(crate) fn exit_codes_json() -> serde_json::Value {
+    let lines = EXIT_CODES.lines().filter_map(|line| {
+        let (code, meaning) = line.trim().split_once(' ')?;
+        Some(serde_json::json!({"code": code.parse::<u8>().ok()?, "meaning": meaning.trim()}))
+    });
+    serde_json::Value::Array(lines.collect())
 }
 
 #[cfg(test)]
@@ -142,6 +190,14 @@ mod tests {
         assert_eq!(code(&error), 4);
         assert_eq!(one_line(&error), "embedding: no model \"x\"");
         assert_eq!(code(&anyhow::anyhow!("anything")), 1);
+        let io = |number| anyhow::Error::new(std::io::Error::from_raw_os_error(number));
+        assert_eq!(
+            one_line(&io(28).context("writing out.jsonl")),
+            "writing out.jsonl: No space left on device: make room there and try again, nothing was lost"
+        );
+        let again = anyhow::anyhow!("/dev/null cannot be stored").context("/dev/null");
+        assert_eq!(one_line(&again), "/dev/null cannot be stored");
+        assert_eq!(exit_codes_json()[10]["code"], 130);
         assert_eq!(code(&anyhow::Error::new(tonic::Status::unavailable("gone"))), 6);
     }
 }

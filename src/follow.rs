@@ -2,7 +2,7 @@
 use crate::{
     fault::{Kind, fault, refused},
     link::Link,
-    out::{Out, credits, cut},
+    out::{Out, bar_letters, credits, cut, plural},
     view,
 };
 use anyhow::Result;
@@ -48,7 +48,7 @@ pub(crate) async fn each_change(
                     match stream.message().await {
                         Ok(Some(view)) => {
                             if lost.take().is_some() {
-                                shown.say("connected again");
+                                shown.warn("connected again");
                             }
                             on_change(&view);
                             shown.update(&view);
@@ -66,7 +66,7 @@ pub(crate) async fn each_change(
             Err(status) => return Err(refused(status)),
         };
         let since = *lost.get_or_insert_with(|| {
-            shown.say("the connection to the scheduler is lost, the job goes on: trying again");
+            shown.warn("the connection to the scheduler is lost, the job goes on: trying again");
             Instant::now()
         });
         if since.elapsed() > RETRY_MAX {
@@ -110,7 +110,11 @@ impl<'a> Shown<'a> {
             let all = MultiProgress::with_draw_target(ProgressDrawTarget::stderr());
             let items = all.add(ProgressBar::new(0));
             let style = ProgressStyle::with_template("{bar:30} {pos}/{len} items  {elapsed}  {wide_msg}");
-            items.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+            items.set_style(
+                style
+                    .unwrap_or_else(|_| ProgressStyle::default_bar())
+                    .progress_chars(bar_letters()),
+            );
             items.enable_steady_tick(Duration::from_millis(200));
             Bars {
                 all,
@@ -133,6 +137,14 @@ impl<'a> Shown<'a> {
         }
     }
 
+    /// What matters in a log too: nothing waits silently.
+    fn warn(&self, text: &str) {
+        match &self.bars {
+            Some(bars) => drop(bars.all.println(text)),
+            None => self.out.warn(text),
+        }
+    }
+
     fn update(&mut self, job: &wire::JobView) {
         let reason = if job.cause.is_empty() {
             String::new()
@@ -142,8 +154,13 @@ impl<'a> Shown<'a> {
         let state = format!("{}{reason}", job.state);
         for part in &job.parts {
             let line = part_line(part);
-            if self.parts.insert(part.part, line.clone()).as_ref() != Some(&line) && self.bars.is_none() {
-                self.say(&format!("  part {}: {line}", part.part));
+            let news = self.parts.insert(part.part, line.clone()).as_ref() != Some(&line);
+            if news && self.bars.is_none() {
+                let line = format!("  part {}: {line}", part.part);
+                match part.state.as_str() {
+                    "queued" if !part.cause.is_empty() => self.warn(&line),
+                    _ => self.say(&line),
+                }
             }
         }
         if let Some(bars) = &mut self.bars {
@@ -203,7 +220,11 @@ fn part_line(part: &wire::PartView) -> String {
         format!(" on {} ({}, {})", part.node_name, part.institution, part.country)
     };
     let end = match part.state.as_str() {
-        "done" => format!(", {} items, {} credits", part.items, credits(part.credits)),
+        "done" => format!(
+            ", {}, {} credits",
+            plural(part.items, "item"),
+            credits(part.credits)
+        ),
         // Why there was told when it was placed.
         "fetching" | "running" => String::new(),
         _ if part.cause.is_empty() => String::new(),

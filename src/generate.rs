@@ -1,19 +1,20 @@
 //! `karez generate`: prompts in, answers out.
 use crate::{
     cli::Context,
-    embed::submit_and_wait,
+    embed::{ready, submit_and_wait},
     fault::{Kind, fault},
     input::{self, Items},
     link::{self, Link},
     options::JobOptions,
-    out::{clean, plural, wrap},
+    out::{clean, wrap},
     report,
+    sink::Lines,
     task::{self, Sampling, Task, What, interruptible},
     view,
 };
 use anyhow::Result;
 use clap::Args;
-use serde_json::{Value, json};
+use serde_json::Value;
 use std::path::PathBuf;
 
 /// `karez generate`.
@@ -46,13 +47,13 @@ pub(crate) struct SamplingArgs {
     #[arg(long, value_name = "N", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..=131_072))]
     max_tokens: u32,
     /// 0 always takes the likeliest token; up to 5
-    #[arg(long, value_name = "T", default_value_t = 0.0)]
+    #[arg(long, value_name = "T", default_value_t = 0.0, allow_negative_numbers = true)]
     temperature: f32,
     /// Sample among this many likeliest tokens; 0 for no limit
     #[arg(long, value_name = "N", default_value_t = 0)]
     top_k: u32,
     /// Sample among the likeliest tokens that make up this share, 0 to 1
-    #[arg(long, value_name = "P", default_value_t = 1.0)]
+    #[arg(long, value_name = "P", default_value_t = 1.0, allow_negative_numbers = true)]
     top_p: f32,
     /// Equal seeds give equal answers on one class of machine
     #[arg(long, value_name = "N", default_value_t = 0)]
@@ -113,21 +114,14 @@ pub(crate) async fn run(context: &Context, args: GenerateArgs) -> Result<()> {
         model: args.model,
         sampling: args.sampling.checked()?,
     };
-    let items = match &args.file {
-        Some(path) => input::read(path, what.field())?,
-        None => Items::of_texts(what.field(), args.prompt.iter().map(String::as_str))?,
-    };
-    if items.blank > 0 {
-        context
-            .out
-            .note(format!("{} passed over", plural(items.blank, "blank line")));
-    }
+    let to_file = args.options.output.is_some();
+    let task = ready(context, what, args.options, to_file, |field, dir| {
+        match &args.file {
+            Some(path) => input::read(path, field, dir),
+            None => Items::of_texts(field, args.prompt.iter().map(String::as_str), dir),
+        }
+    })?;
     let link = link::open(&context.home).await?;
-    let task = Task {
-        what,
-        items,
-        options: args.options,
-    };
     if task.options.detach || task.options.output.is_some() {
         submit_and_wait(context, link, task).await
     } else {
@@ -142,21 +136,29 @@ async fn answer(context: &Context, link: Link, task: Task) -> Result<()> {
         let mut running = task::submit(out, &context.home, link, &task).await?;
         task::set_current(Some(running.job));
         running.finish(out).await?;
-        let mut lines = Vec::new();
-        running.results(out, &mut lines).await?;
-        let answers = parse(&lines)?;
         if out.json {
-            out.json(&json!({"answers": answers, "report": view::job(&running.view)}));
-        } else {
-            for (i, line) in answers.iter().enumerate() {
-                if answers.len() > 1 {
-                    if i > 0 {
-                        out.line("");
+            out.raw(b"{\"answers\":[");
+        }
+        let mut first = true;
+        let several = task.items.count > 1;
+        running
+            .results(
+                out,
+                &mut Lines::new(|line: &[u8]| {
+                    let begins = std::mem::take(&mut first);
+                    if out.json {
+                        out.raw(if begins { b"" } else { b"," });
+                        out.raw(line);
+                    } else {
+                        print_answer(context, &serde_json::from_slice(line)?, several, begins);
                     }
-                    out.line(out.bold(&format!("> {}", clean(text_of(line, "prompt")))));
-                }
-                print_answer(context, text_of(line, "text"));
-            }
+                    Ok(())
+                }),
+            )
+            .await?;
+        if out.json {
+            out.line(format!("],\"report\":{}}}", view::job(&running.view)));
+        } else {
             out.note("");
             report::print(out, &running.view, None);
         }
@@ -166,14 +168,33 @@ async fn answer(context: &Context, link: Link, task: Task) -> Result<()> {
     .await
 }
 
-fn print_answer(context: &Context, answer: &str) {
-    for paragraph in answer.trim().lines() {
-        if context.out.terminal {
-            for line in wrap(&clean(paragraph), context.out.width(), "") {
-                context.out.line(line);
+/// The answer of a result line; with its question where there are several.
+fn print_answer(context: &Context, result: &Value, several: bool, first: bool) {
+    let out = context.out;
+    if several {
+        if !first {
+            out.line("");
+        }
+        let prompt = result.get("prompt").and_then(Value::as_str);
+        // A conversation ends with what was asked.
+        let said = || {
+            result
+                .get("messages")?
+                .as_array()?
+                .last()?
+                .get("content")?
+                .as_str()
+        };
+        let asked = prompt.or_else(said).unwrap_or_default();
+        out.line(out.bold(&format!("> {}", clean(asked))));
+    }
+    for paragraph in text_of(result, "text").trim().lines() {
+        if out.terminal {
+            for line in wrap(&clean(paragraph), out.width(), "") {
+                out.line(line);
             }
         } else {
-            context.out.line(paragraph);
+            out.line(paragraph);
         }
     }
 }

@@ -43,7 +43,8 @@ pub(crate) struct ClientConfig {
 impl Home {
     /// `--home`, else `KAREZ_HOME`, else `~/.karez`.
     pub(crate) fn new(given: Option<PathBuf>) -> Result<Self> {
-        let dir = match given {
+        let set = || std::env::var_os("KAREZ_HOME").filter(|dir| !dir.is_empty());
+        let dir = match given.or_else(|| set().map(PathBuf::from)) {
             Some(dir) => dir,
             None => std::env::home_dir()
                 .filter(|home| home.is_absolute())

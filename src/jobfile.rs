@@ -4,7 +4,7 @@
 use crate::{
     fault::{Kind, fault},
     generate,
-    options::{JobOptions, MAX_COST},
+    options::{self, JobOptions, MAX_COST},
     task::What,
 };
 use anyhow::{Context, Result};
@@ -138,6 +138,12 @@ pub(crate) struct Job {
 pub(crate) fn read(path: &Path) -> Result<Job> {
     let name = path.display().to_string();
     let length = match fs::metadata(path) {
+        Ok(meta) if meta.is_dir() => {
+            return Err(fault(
+                Kind::Refused,
+                format!("{name} is a directory: give a job file, `karez schema job` shows what it holds"),
+            ));
+        }
         Ok(meta) => meta.len(),
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
             return Err(fault(
@@ -209,6 +215,9 @@ fn parse(text: &str, name: &str, base: &Path) -> Result<Job> {
     if file.noop.is_some() && file.work != WorkName::Noop {
         return refuse("noop", "this table belongs to work = \"noop\"");
     }
+    if let Err(why) = options::label(&file.label) {
+        return refuse("label", &why);
+    }
     if !(1..=100).contains(&file.limits.attempts) {
         return refuse("attempts", "must be between 1 and 100");
     }
@@ -279,7 +288,7 @@ pub(crate) fn schema() -> Value {
             "model": {"type": "string", "description": "a name of `karez models`; needed unless work is noop"},
             "input": {"type": "string", "description": "plain text, one item per line, or JSON lines"},
             "output": {"type": "string", "description": "where the results go, as JSON lines"},
-            "label": {"type": "string", "default": "", "description": "a name to find the job by"},
+            "label": {"type": "string", "default": "", "maxLength": options::LABEL_MAX, "description": "a name to find the job by"},
             "generate": table("how to continue prompts", json!({
                 "max_tokens": {"type": "integer", "minimum": 1, "maximum": 131_072, "default": 256},
                 "temperature": {"type": "number", "minimum": 0, "maximum": 5, "default": 0},
@@ -370,6 +379,22 @@ mod tests {
                 assert!(scope.get(key).is_some(), "the schema of {name:?} lacks {key}");
             }
         }
+    }
+
+    #[test]
+    fn the_published_schema_is_this_one() {
+        let published = include_str!("../docs/job.schema.json");
+        let now = serde_json::to_string_pretty(&schema()).unwrap() + "\n";
+        assert!(published == now, "run: karez schema job > docs/job.schema.json");
+    }
+
+    #[test]
+    fn the_job_file_of_the_readme_is_understood() {
+        let readme = include_str!("../README.md");
+        let (_, block) = readme.split_once("```toml\n").unwrap();
+        let (text, _) = block.split_once("```").unwrap();
+        let job = parse(text, "README.md", Path::new("/data")).unwrap();
+        assert_eq!(job.input, Path::new("/data/prompts.jsonl"));
     }
 
     #[test]

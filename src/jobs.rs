@@ -4,9 +4,10 @@ use crate::{
     fault::{Kind, fault},
     follow,
     link::{self, call},
-    out::{Column, Table, clean, credits, moment, plural, wrap},
+    out::{Column, Table, clean, credits, minute, moment, plural, wrap},
     report,
-    task::{self, Sink, interruptible},
+    sink::Sink,
+    task::{self, interruptible},
     view,
 };
 use anyhow::Result;
@@ -24,13 +25,14 @@ pub(crate) struct ListArgs {
     #[arg(short, long)]
     all: bool,
     /// How many at most, newest first
-    #[arg(short = 'n', long, value_name = "N", default_value_t = 50)]
+    #[arg(short = 'n', long, value_name = "N", default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..=1000))]
     limit: u32,
 }
 
 /// `karez job`.
 #[derive(Debug, Args)]
 #[command(
+    arg_required_else_help = true,
     after_help = "Example:\n  karez job show 3f2a1b\n\nA job is named by its id or by the beginning of it."
 )]
 pub(crate) struct JobArgs {
@@ -63,14 +65,26 @@ enum JobCommand {
 #[derive(Debug, Args)]
 struct One {
     /// The job's id, or the beginning of it
+    #[arg(value_parser = prefix)]
     job: String,
+}
+
+/// The beginning of a job's id.
+fn prefix(text: &str) -> Result<String, String> {
+    let hex = text.bytes().all(|b| b.is_ascii_hexdigit());
+    if hex && (4..=64).contains(&text.len()) {
+        Ok(text.to_ascii_lowercase())
+    } else {
+        Err("a job is named by 4 to 64 hex digits, `karez jobs --all` lists them".into())
+    }
 }
 
 #[derive(Debug, Args)]
 struct FetchArgs {
     /// The job's id, or the beginning of it
+    #[arg(value_parser = prefix)]
     job: String,
-    /// Where to write; standard output when piped, else karez-JOB.jsonl
+    /// Where to write, - for standard output [default: standard output when piped, else karez-JOB.jsonl]
     #[arg(short, long, value_name = "FILE")]
     output: Option<PathBuf>,
 }
@@ -96,6 +110,7 @@ pub(crate) async fn list(context: &Context, args: ListArgs) -> Result<()> {
         });
         return Ok(());
     }
+    let labelled = jobs.iter().any(|job| !job.label.is_empty());
     let mut table = Table::new(&[
         ("JOB", Column::Left),
         ("STATE", Column::Left),
@@ -103,16 +118,16 @@ pub(crate) async fn list(context: &Context, args: ListArgs) -> Result<()> {
         ("DONE", Column::Right),
         ("SPENT", Column::Right),
         ("SUBMITTED (UTC)", Column::Left),
-        ("LABEL", Column::Cut),
+        (if labelled { "LABEL" } else { "" }, Column::Cut),
     ]);
     for job in &jobs {
         table.row(vec![
             view::short(&job.job),
             job.state.clone(),
-            view::work_text(job),
+            [job.work.as_str(), &job.model].join(" "),
             format!("{}/{}", job.items_done, job.items),
             credits(job.credits_spent),
-            moment(job.submitted_at).replace('T', " ").replace('Z', ""),
+            minute(job.submitted_at),
             job.label.clone(),
         ]);
     }
@@ -297,10 +312,16 @@ pub(crate) fn print_explanation(context: &Context, reply: &wire::ExplainReply) {
 
 async fn cancel(context: &Context, job: &str) -> Result<()> {
     let mut link = link::open(&context.home).await?;
+    let before = link.job(job).await?.state;
     let request = wire::JobRequest { job: job.to_owned() };
     let job = call(link.client.cancel(request)).await?;
     if context.out.json {
         context.out.json(&view::job(&job));
+    } else if follow::has_ended(&before) {
+        let short = view::short(&job.job);
+        context.out.line(format!(
+            "job {short} was {before} already: there is nothing to stop"
+        ));
     } else {
         let back = job.credits_reserved.saturating_sub(job.credits_spent);
         context.out.line(format!(
@@ -316,6 +337,7 @@ async fn cancel(context: &Context, job: &str) -> Result<()> {
 
 async fn fetch(context: &Context, args: FetchArgs) -> Result<()> {
     let out = context.out;
+    Sink::check(out, args.output.as_deref())?;
     let link = link::open(&context.home).await?;
     let job = link.job(&args.job).await?;
     task::ended_well(&job)?;

@@ -20,9 +20,12 @@ use std::io::Read;
 
 /// `karez init`.
 #[derive(Debug, Args)]
-#[command(
-    after_help = "Example:\n  karez init        then give the printed key to the operator of a scheduler"
-)]
+#[command(after_help = "\
+An invitation makes the key too. `init` alone is for schedulers that list keys:
+give the printed key to the operator.
+
+Example:
+  karez init")]
 pub(crate) struct InitArgs {}
 
 /// `karez join`.
@@ -32,7 +35,7 @@ pub(crate) struct JoinArgs {
     /// The invitation, or - to read it from standard input
     invitation: String,
     /// A name for people
-    #[arg(long, default_value = "")]
+    #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
     name: String,
     /// Leave the network this home belongs to
     #[arg(long)]

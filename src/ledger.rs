@@ -3,7 +3,9 @@ use crate::{
     cli::Context,
     fault::{Kind, fault, refused},
     link::{self, Link, call},
-    out::{Column, Out, Table, count, credits, moment, plural, signed_credits, span},
+    out::{Column, Out, Table, count, credits, minute, moment, plural, signed_credits, span},
+    sink::{Lines, Sink},
+    task::interruptible,
     view,
 };
 use anyhow::{Context as _, Result};
@@ -14,8 +16,9 @@ use karez_proto::control as wire;
 use serde::Deserialize;
 use serde_json::{Value, json};
 use std::{
+    collections::VecDeque,
     fs::File,
-    io::{self, BufReader, BufWriter, Write},
+    io::{self, BufReader, Write},
     path::{Path, PathBuf},
 };
 
@@ -30,7 +33,10 @@ pub(crate) struct BalanceArgs {
 
 /// `karez ledger`.
 #[derive(Debug, Args)]
-#[command(after_help = "Example:\n  karez ledger export -o ledger.jsonl && karez ledger verify ledger.jsonl")]
+#[command(
+    arg_required_else_help = true,
+    after_help = "Example:\n  karez ledger export -o ledger.jsonl && karez ledger verify ledger.jsonl"
+)]
 pub(crate) struct LedgerArgs {
     #[command(subcommand)]
     command: LedgerCommand,
@@ -51,15 +57,15 @@ enum LedgerCommand {
     #[command(after_help = "\
 Examples:
   karez ledger verify ledger.jsonl
-  karez ledger verify ledger.jsonl --key 3b6a27bc...")]
+  karez ledger verify ledger.jsonl --key KEY")]
     Verify(VerifyArgs),
 }
 
 #[derive(Debug, Args)]
 struct ShowArgs {
     /// How many entries, the newest last
-    #[arg(short = 'n', long, value_name = "N", default_value_t = 20)]
-    limit: usize,
+    #[arg(short = 'n', long, value_name = "N", default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    limit: u32,
 }
 
 #[derive(Debug, Args)]
@@ -126,10 +132,19 @@ fn short_account(name: &str) -> String {
 
 async fn show(context: &Context, args: &ShowArgs) -> Result<()> {
     let link = link::open(&context.home).await?;
-    let mut bytes = Vec::new();
-    export(&link, &mut bytes).await?;
-    let mut entries: Vec<Shown> = bytes.split(|b| *b == b'\n').filter_map(Shown::parse).collect();
-    entries.drain(..entries.len().saturating_sub(args.limit));
+    // The whole ledger passes by; only the last entries are kept.
+    let mut entries = VecDeque::new();
+    export(
+        &link,
+        &mut Lines::new(|line: &[u8]| {
+            entries.extend(Shown::parse(line));
+            if entries.len() > args.limit as usize {
+                entries.pop_front();
+            }
+            Ok(())
+        }),
+    )
+    .await?;
     let out = context.out;
     if out.json {
         for entry in &entries {
@@ -150,11 +165,13 @@ async fn show(context: &Context, args: &ShowArgs) -> Result<()> {
         ("TO", Column::Cut),
     ]);
     for entry in &entries {
-        let side = |positive: bool| {
-            let legs = entry
-                .legs
-                .iter()
-                .filter(|(_, amount)| (*amount > 0) == positive && *amount != 0);
+        let side = |gains: bool| {
+            // Donated work moves nothing, from the job to whoever did it.
+            let gaining = |(name, amount): &&(String, i64)| match *amount {
+                0 => !name.starts_with("escrow:"),
+                amount => amount > 0,
+            };
+            let legs = entry.legs.iter().filter(|leg| gaining(leg) == gains);
             legs.map(|(name, _)| short_account(name))
                 .collect::<Vec<_>>()
                 .join(" ")
@@ -167,7 +184,7 @@ async fn show(context: &Context, args: &ShowArgs) -> Result<()> {
             .sum();
         table.row(vec![
             entry.seq.to_string(),
-            moment(entry.at).replace('T', " ").replace('Z', ""),
+            minute(entry.at),
             entry.kind.clone(),
             signed_credits(moved),
             side(false),
@@ -222,16 +239,21 @@ pub(crate) async fn export(link: &Link, to: &mut dyn Write) -> Result<u64> {
 
 async fn export_command(context: &Context, args: &ExportArgs) -> Result<()> {
     let out = context.out;
+    Sink::check(out, Some(&args.output))?;
     let link = link::open(&context.home).await?;
-    if args.output.as_os_str() == "-" {
-        let mut bytes = Vec::new();
-        export(&link, &mut bytes).await?;
-        out.raw(&bytes);
+    let sink = Sink::at(&args.output);
+    let name = args.output.display().to_string();
+    // An interrupt leaves what was there before, not half an export.
+    let written = interruptible(async {
+        let mut opened = sink.open(out)?;
+        let written = export(&link, opened.writer()).await?;
+        opened.done()?;
+        Ok(written)
+    })
+    .await?;
+    if sink == Sink::Stdout {
         return Ok(());
     }
-    let name = args.output.display().to_string();
-    let mut file = BufWriter::new(File::create(&args.output).with_context(|| name.clone())?);
-    let written = export(&link, &mut file).await.with_context(|| name.clone())?;
     if out.json {
         out.json(&json!({"path": args.output, "bytes": written}));
     } else {
@@ -257,18 +279,23 @@ fn verify_command(context: &Context, args: &VerifyArgs) -> Result<()> {
     }
     print_summary(out, &summary);
     if !pinned {
-        out.note("no key was given, so any scheduler's ledger is accepted: compare the key above with the one you know");
+        out.warn("no key was given, so any scheduler's ledger is accepted: compare the key above with the one you know");
     }
     Ok(())
 }
 
 /// Checks an export; the first fault is an error with exit code 9.
 pub(crate) fn verify_file(path: &Path, keys: Vec<SchedulerId>) -> Result<Summary> {
-    let name = path.display().to_string();
-    let file: Box<dyn io::Read> = if path.as_os_str() == "-" {
+    let mut name = path.display().to_string();
+    let file: Box<dyn io::Read> = if name == "-" {
+        name = "standard input".into();
         Box::new(io::stdin())
     } else {
         match File::open(path) {
+            Ok(file) if file.metadata().is_ok_and(|m| m.is_dir()) => {
+                let why = format!("{name} is a directory: give the file that `karez ledger export` wrote");
+                return Err(fault(Kind::Refused, why));
+            }
             Ok(file) => Box::new(file),
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 return Err(fault(Kind::NotFound, format!("{name} does not exist")));

@@ -192,7 +192,11 @@ fn bar(out: &Out, label: &str, total: u64) -> (ProgressBar, OnProgress) {
         ProgressBar::hidden()
     };
     let style = ProgressStyle::with_template("{msg} {bar:24} {bytes}/{total_bytes} {bytes_per_sec}");
-    bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+    bar.set_style(
+        style
+            .unwrap_or_else(|_| ProgressStyle::default_bar())
+            .progress_chars(out::bar_letters()),
+    );
     bar.set_message(out::cut(label, 30));
     let shown = bar.clone();
     (bar, Arc::new(move |p| shown.set_position(p.done.0)))

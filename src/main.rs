@@ -11,7 +11,7 @@
 //! | [`market`], [`artifact`], [`ledger`] | offers and models, files, the books |
 //!
 //! Shared by them: [`home`] (the user's folder), [`link`] (the line to the scheduler), [`task`] (one job from
-//! order to results), [`out`] (what is printed) and [`fault`] (exit codes). Start at [`cli::Cli`].
+//! order to results), [`input`] and [`sink`] (what goes in and comes out), [`out`] (what is printed) and [`fault`] (exit codes). Start at [`cli::Cli`].
 
 mod artifact;
 mod cli;
@@ -35,6 +35,7 @@ mod out;
 mod process;
 mod report;
 mod scheduler;
+mod sink;
 mod submit;
 mod task;
 mod texts;
@@ -48,14 +49,17 @@ use tracing_subscriber::EnvFilter;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    let out: &'static out::Out = Box::leak(Box::new(out::Out::new(cli.global.json, cli.global.quiet)));
+    let talkative = cli.global.verbose > 0 || matches!(cli.command, Command::Up(_) | Command::Demo(_));
+    let out = out::Out::new(cli.global.json, cli.global.quiet, talkative);
+    let out: &'static out::Out = Box::leak(Box::new(out));
     process::die_with_parent_if_asked();
     log(&cli);
     match run(cli, out) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            out.error(&fault::one_line(&error));
-            ExitCode::from(fault::code(&error))
+            let code = fault::code(&error);
+            out.error(&fault::one_line(&error), code);
+            ExitCode::from(code)
         }
     }
 }
@@ -128,7 +132,11 @@ fn run(cli: Cli, out: &'static out::Out) -> Result<()> {
         Command::Schema(args) => submit::schema(&context, &args),
         Command::Completions(args) => cli::completions(&context, &args),
         Command::ExitCodes => {
-            out.line(fault::EXIT_CODES);
+            if out.json {
+                out.json(&fault::exit_codes_json());
+            } else {
+                out.line(fault::EXIT_CODES);
+            }
             Ok(())
         }
         Command::Worker => Ok(()),

@@ -88,7 +88,7 @@ pub(crate) async fn models(context: &Context, _: ModelsArgs) -> Result<()> {
     if models.is_empty() {
         context
             .out
-            .note("the scheduler knows no model yet: add one with `karez artifact add PATH --model NAME`");
+            .note("the scheduler knows no model yet: `karez artifact add --shipped` adds the one that is part of Karez");
         return Ok(());
     }
     let mut table = Table::new(&[

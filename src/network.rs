@@ -318,15 +318,29 @@ impl Network {
             ));
         }
         let link = link::open(&context.home).await?;
-        self.until(began, "all nodes to offer their capacity", async || {
-            let offers = link::call(link.client.clone().offers(wire::OffersRequest {}))
-                .await?
-                .offers;
-            let ready =
-                |v: &&wire::OfferView| v.connected && v.offer.as_ref().is_some_and(|o| o.state == "open");
-            Ok((offers.iter().filter(ready).count() >= MEMBERS.len()).then_some(()))
-        })
-        .await?;
+        let offers = self
+            .until(began, "all nodes to offer their capacity", async || {
+                let offers = link::call(link.client.clone().offers(wire::OffersRequest {}))
+                    .await?
+                    .offers;
+                let ready = |v: &&wire::OfferView| v.connected && v.offer.is_some();
+                Ok((offers.iter().filter(ready).count() >= MEMBERS.len()).then_some(offers))
+            })
+            .await?;
+        // Its owner's last word holds: a node that was paused or drained before comes back so.
+        for offer in offers
+            .iter()
+            .filter_map(|v| v.offer.as_ref())
+            .filter(|o| o.state != "open")
+        {
+            let dir = self.dir.join(&offer.institution);
+            out.warn(format!(
+                "{} takes no work, it is {}: `karez node open --dir {}` changes that",
+                offer.name,
+                offer.state,
+                dir.display()
+            ));
+        }
         add_shipped_model(context, &link).await
     }
 
@@ -415,7 +429,7 @@ fn share_machine(dir: &std::path::Path) -> Result<()> {
 }
 
 /// Puts the model that comes with the engine into the scheduler's catalogue, unless it is there.
-async fn add_shipped_model(context: &Context, link: &link::Link) -> Result<()> {
+pub(crate) async fn add_shipped_model(context: &Context, link: &link::Link) -> Result<()> {
     let models = link::call(link.client.clone().models(wire::ModelsRequest {}))
         .await?
         .models;

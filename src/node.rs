@@ -24,10 +24,13 @@ use std::{future::Future, path::PathBuf, time::Duration};
 
 /// `karez node`.
 #[derive(Debug, Args)]
-#[command(after_help = "\
+#[command(
+    arg_required_else_help = true,
+    after_help = "\
 Example:
   karez node init --join karez1... --country KE --price 0.40
-  karez node run")]
+  karez node run"
+)]
 pub(crate) struct NodeArgs {
     #[command(subcommand)]
     command: NodeCommand,
@@ -48,7 +51,7 @@ enum NodeCommand {
     #[command(after_help = "\
 Examples:
   karez node init --join karez1... --country KE --price 0.40
-  karez node init --country BR --institution my-lab    (join later)")]
+  karez node init --country BR --institution my-lab    # join later")]
     Init(InitArgs),
     /// Lend this machine until stopped
     #[command(after_help = "Example:\n  karez node run --dir /var/lib/karez/node")]
@@ -62,7 +65,7 @@ Examples:
     /// Take new work again
     #[command(after_help = "Example:\n  karez node open")]
     Open,
-    /// Take no new work, ever; the node leaves when the last job has ended
+    /// Take no new work until `open`; the node stops when the last job has ended
     #[command(after_help = "Example:\n  karez node drain --wait 10min")]
     Drain(WaitArgs),
     /// Everybody out, within the owner's grace

@@ -67,10 +67,11 @@ pub(crate) struct JobOptions {
         value_name = "TEXT",
         default_value = "",
         hide_default_value = true,
+        value_parser = label,
         help_heading = "The job"
     )]
     pub(crate) label: String,
-    /// Where to write the results, one JSON object per line
+    /// Where to write the results, one JSON object per line; - for standard output
     #[arg(short, long, value_name = "FILE", help_heading = "The job")]
     pub(crate) output: Option<PathBuf>,
 }
@@ -110,6 +111,19 @@ impl JobOptions {
             donated_only: self.donated,
             rate_max: self.max_rate,
         }
+    }
+}
+
+/// Letters of a label at most; the scheduler would cut a longer one.
+pub(crate) const LABEL_MAX: usize = 120;
+
+/// A label that will not be cut.
+pub(crate) fn label(text: &str) -> Result<String, String> {
+    match text.chars().count() {
+        0..=LABEL_MAX => Ok(text.to_owned()),
+        n => Err(format!(
+            "a label has at most {LABEL_MAX} letters, this one has {n}"
+        )),
     }
 }
 

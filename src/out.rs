@@ -1,7 +1,8 @@
 //! What the user sees: lines, tables and JSON on standard output, remarks on standard error.
 //!
 //! Tables and bars adapt to a terminal; piped output is plain and complete. A reader that goes away (`| head`)
-//! is no error: what would follow is dropped.
+//! is no error: what would follow is dropped. Remarks are for people who watch: into a pipe or a log go only those
+//! that say what is wrong or what is waited for.
 use serde_json::Value;
 use std::{
     io::{self, IsTerminal, Write},
@@ -15,6 +16,8 @@ pub(crate) struct Out {
     /// One JSON document (or one per line, for streams) instead of text.
     pub(crate) json: bool,
     pub(crate) quiet: bool,
+    /// Somebody watches standard error, or asked for everything.
+    watched: bool,
     /// Standard output is a terminal.
     pub(crate) terminal: bool,
     /// Standard error is a terminal that can redraw: bars may be shown.
@@ -25,13 +28,16 @@ pub(crate) struct Out {
 }
 
 impl Out {
-    pub(crate) fn new(json: bool, quiet: bool) -> Self {
+    /// `talkative` commands make their remarks even when standard error goes into a pipe.
+    pub(crate) fn new(json: bool, quiet: bool, talkative: bool) -> Self {
         let dumb = std::env::var_os("TERM").is_some_and(|t| t == "dumb");
         let no_colour = std::env::var_os("NO_COLOR").is_some_and(|v| !v.is_empty()) || dumb;
         let (terminal, err) = (io::stdout().is_terminal(), io::stderr().is_terminal());
+        ASCII.store((terminal || err) && !utf8(), Ordering::Relaxed);
         Self {
             json,
             quiet,
+            watched: err || talkative,
             terminal,
             bars: err && !quiet && !json && !dumb,
             colour_out: terminal && !no_colour,
@@ -74,15 +80,27 @@ impl Out {
         self.line(value.to_string());
     }
 
-    /// A remark for people, on standard error; silent under `-q` and `--json`.
+    /// A remark for whoever watches, on standard error; silent in pipes, under `-q` and under `--json`.
     pub(crate) fn note(&self, text: impl AsRef<str>) {
+        if self.watched {
+            self.warn(text);
+        }
+    }
+
+    /// A remark that matters in a log too; silent under `-q` and `--json`.
+    pub(crate) fn warn(&self, text: impl AsRef<str>) {
         if !self.quiet && !self.json {
             drop(writeln!(io::stderr().lock(), "{}", text.as_ref()));
         }
     }
 
-    /// The one line that ends a failed command.
-    pub(crate) fn error(&self, text: &str) {
+    /// The one line that ends a failed command: text, or under `--json` one document.
+    pub(crate) fn error(&self, text: &str, code: u8) {
+        if self.json {
+            let document = serde_json::json!({"error": text, "exit_code": code});
+            drop(writeln!(io::stderr().lock(), "{document}"));
+            return;
+        }
         let head = if self.colour_err {
             "\x1b[1;31merror:\x1b[0m"
         } else {
@@ -187,11 +205,43 @@ impl Table {
     }
 }
 
-/// Foreign text made harmless for a terminal: control characters could move the cursor or colour what follows.
+/// The terminal's locale is not UTF-8: what we draw ourselves stays within ASCII. Foreign text is passed on as it is.
+static ASCII: AtomicBool = AtomicBool::new(false);
+
+/// Whether the locale says UTF-8, by the first of its variables that is set.
+fn utf8() -> bool {
+    let set = ["LC_ALL", "LC_CTYPE", "LANG"]
+        .into_iter()
+        .filter_map(std::env::var_os)
+        .find(|value| !value.is_empty());
+    set.is_some_and(|value| {
+        let value = value.to_string_lossy().to_ascii_lowercase();
+        value.contains("utf-8") || value.contains("utf8")
+    })
+}
+
+/// What stands for something left out; one column.
+fn ellipsis() -> char {
+    if ASCII.load(Ordering::Relaxed) { '~' } else { '…' }
+}
+
+/// The letters of a bar: done, edge, to do.
+pub(crate) fn bar_letters() -> &'static str {
+    if ASCII.load(Ordering::Relaxed) {
+        "#>-"
+    } else {
+        "█▌░"
+    }
+}
+
+/// Foreign text made harmless for a terminal: control characters could move the cursor or colour what follows, and
+/// overrides of the writing direction could turn around what stands beside them.
 pub(crate) fn clean(text: &str) -> String {
-    text.chars()
-        .map(|c| if c.is_control() { ' ' } else { c })
-        .collect()
+    let harmful = |c: char| {
+        c.is_control()
+            || matches!(c, '\u{2028}' | '\u{2029}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+    };
+    text.chars().map(|c| if harmful(c) { ' ' } else { c }).collect()
 }
 
 /// At most `width` columns of `text`, with an ellipsis where something was left out.
@@ -207,7 +257,7 @@ pub(crate) fn cut(text: &str, width: usize) -> String {
         }
         out.push(c);
     }
-    out.push('…');
+    out.push(ellipsis());
     out
 }
 
@@ -298,6 +348,11 @@ pub(crate) fn plural(n: u64, noun: &str) -> String {
     }
 }
 
+/// A moment for tables, in UTC, to the minute.
+pub(crate) fn minute(utc_ms: u64) -> String {
+    moment(utc_ms).replace('T', " ").chars().take(16).collect()
+}
+
 /// A moment, in UTC, to the second.
 pub(crate) fn moment(utc_ms: u64) -> String {
     let at = std::time::UNIX_EPOCH + std::time::Duration::from_secs(utc_ms / 1000);
@@ -337,6 +392,32 @@ mod tests {
             assert!(line.width() <= 20, "{line:?}");
         }
         assert_eq!(table.lines(None)[2], "b [31m                         3");
+    }
+
+    #[test]
+    fn names_in_every_script_keep_their_columns() {
+        let mut table = Table::new(&[("NAME", Column::Cut), ("N", Column::Right)]);
+        for name in [
+            "حقول الأرز ومياه الري",
+            "水稻田与灌溉用水的长名字",
+            "धान के खेत और सिंचाई",
+            "👩‍🌾 farm",
+        ] {
+            table.row(vec![name.into(), "1".into()]);
+        }
+        for limit in [12, 16, 30] {
+            for line in table.lines(Some(limit)) {
+                assert!(line.width() <= limit, "{line:?} is wider than {limit}");
+            }
+        }
+        // Nobody's name turns around the rest of the line.
+        assert_eq!(clean("a\u{202e}b\u{2066}c\u{2028}d"), "a b c d");
+        assert_eq!(clean("نص عربي"), "نص عربي");
+    }
+
+    #[test]
+    fn minutes_are_enough_in_a_table() {
+        assert_eq!(minute(1_795_456_785_090), "2026-11-23 17:59");
     }
 
     #[test]

@@ -1,6 +1,8 @@
 //! The report of a job: where each part ran and why there, what it used, what it cost, where the results lie.
 use crate::{
+    follow,
     out::{Column, Out, Table, clean, count, credits, plural, rate, span, wrap},
+    task::utc_now,
     view,
 };
 use karez_proto::{control as wire, records};
@@ -12,7 +14,8 @@ const PARTS_SHOWN: usize = 24;
 /// The report as lines. Tables fit `width` columns when one is given.
 pub(crate) fn lines(job: &wire::JobView, results: Option<(&Path, u64)>, width: Option<usize>) -> Vec<String> {
     let wide = width.unwrap_or(80);
-    let mut lines = vec![headline(job), String::new()];
+    let mut lines = wrap(&headline(job), wide, "  ");
+    lines.push(String::new());
     let mut table = Table::new(&[
         ("PART", Column::Right),
         ("ITEMS", Column::Right),
@@ -81,17 +84,20 @@ pub(crate) fn print(out: &Out, job: &wire::JobView, results: Option<(&Path, u64)
 }
 
 fn headline(job: &wire::JobView) -> String {
-    let took = job.changed_at.saturating_sub(job.submitted_at);
+    let time = if follow::has_ended(&job.state) {
+        format!("in {}", span(job.changed_at.saturating_sub(job.submitted_at)))
+    } else {
+        format!("for {}", span(utc_now().0.saturating_sub(job.submitted_at)))
+    };
     let label = if job.label.is_empty() {
         String::new()
     } else {
         format!(" \"{}\"", clean(&job.label))
     };
     format!(
-        "job {}{label} {} in {}: {}, {}",
+        "job {}{label} {} {time}: {}, {}",
         view::short(&job.job),
         job.state,
-        span(took),
         view::work_text(job),
         plural(job.items, "item")
     )

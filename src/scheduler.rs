@@ -27,11 +27,14 @@ const LOCAL_INVITATION: Duration = Duration::from_secs(10 * 60);
 
 /// `karez scheduler`.
 #[derive(Debug, Args)]
-#[command(after_help = "\
+#[command(
+    arg_required_else_help = true,
+    after_help = "\
 Example:
   karez scheduler init --institution my-university --host karez.example.org
   karez scheduler run
-  karez scheduler invite --role user --institution my-lab --credits 50")]
+  karez scheduler invite --role user --institution my-lab --credits 50"
+)]
 pub(crate) struct SchedulerArgs {
     #[command(subcommand)]
     command: SchedulerCommand,
@@ -167,9 +170,10 @@ fn init(context: &Context, dir: &Path, args: InitArgs) -> Result<()> {
         context
             .out
             .line(format!("configuration: {}", made.config.display()));
-        context
-            .out
-            .note("next: look through the configuration, then `karez scheduler run`");
+        context.out.note(format!(
+            "next: look through the configuration, then `karez scheduler run --dir {}`",
+            dir.display()
+        ));
     }
     Ok(())
 }
@@ -177,7 +181,7 @@ fn init(context: &Context, dir: &Path, args: InitArgs) -> Result<()> {
 fn invite_command(context: &Context, dir: &Path, args: &InviteArgs) -> Result<()> {
     let (role, next) = match args.role {
         RoleArg::Node => (Role::Node, "karez node init --country CODE --join INVITATION"),
-        RoleArg::User => (Role::User, "karez join TEXT"),
+        RoleArg::User => (Role::User, "karez join INVITATION"),
     };
     let options = InviteOptions {
         role,

@@ -1,5 +1,9 @@
 //! `karez submit` and `karez schema`: jobs described in files.
-use crate::{cli::Context, embed::submit_and_wait, input, jobfile, link, out::plural, task::Task};
+use crate::{
+    cli::Context,
+    embed::{ready, submit_and_wait},
+    input, jobfile, link,
+};
 use anyhow::Result;
 use clap::{Args, ValueEnum};
 use std::path::PathBuf;
@@ -12,7 +16,8 @@ A job file is TOML; `karez schema job` prints its JSON Schema. The least of it:
   model = \"all-MiniLM-L6-v2\"
   input = \"sentences.txt\"
 
-Example:
+Examples:
+  karez submit job.toml
   karez submit job.toml --detach")]
 pub(crate) struct SubmitArgs {
     /// The job file
@@ -39,23 +44,11 @@ enum SchemaOf {
 pub(crate) async fn run(context: &Context, args: SubmitArgs) -> Result<()> {
     let mut job = jobfile::read(&args.file)?;
     job.options.detach |= args.detach;
-    let items = input::read(&job.input, job.what.field())?;
-    if items.blank > 0 {
-        context
-            .out
-            .note(format!("{} passed over", plural(items.blank, "blank line")));
-    }
+    let task = ready(context, job.what, job.options, true, |field, dir| {
+        input::read(&job.input, field, dir)
+    })?;
     let link = link::open(&context.home).await?;
-    submit_and_wait(
-        context,
-        link,
-        Task {
-            what: job.what,
-            items,
-            options: job.options,
-        },
-    )
-    .await
+    submit_and_wait(context, link, task).await
 }
 
 pub(crate) fn schema(context: &Context, args: &SchemaArgs) -> Result<()> {

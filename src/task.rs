@@ -3,7 +3,7 @@ use crate::{
     fault::{Kind, fault},
     follow,
     home::Home,
-    input::Items,
+    input::{Field, Items, line_of},
     link::{Artifacts, Link, call},
     options::JobOptions,
     out::{Out, plural},
@@ -21,12 +21,14 @@ use serde::Serializer as _;
 use serde_json::{Map, Value};
 use std::{
     fs::File,
-    io::{BufRead, BufReader, BufWriter, Write},
-    path::{Path, PathBuf},
+    io::{BufReader, Write},
+    path::Path,
     sync::Mutex,
     time::{SystemTime, UNIX_EPOCH},
 };
 
+/// Bytes of one result line at most: the longest answer and the longest vector fit many times over.
+const RESULT_LINE_BYTES_MAX: usize = 16 << 20;
 /// How long a signed order may be accepted.
 const ORDER_LIFE: Millis = Millis(10 * 60 * 1000);
 
@@ -51,11 +53,12 @@ pub(crate) enum What {
 }
 
 impl What {
-    /// The field of an input line that holds its text.
-    pub(crate) fn field(&self) -> &'static str {
+    /// What of an input line is worked on.
+    pub(crate) fn field(&self) -> Field {
         match self {
-            Self::Generate { .. } => "prompt",
-            Self::Embed { .. } | Self::Noop { .. } => "text",
+            Self::Generate { .. } => Field::Prompt,
+            Self::Embed { .. } => Field::Text,
+            Self::Noop { .. } => Field::Any,
         }
     }
 }
@@ -126,8 +129,8 @@ fn is_near(wanted: &str, known: &str) -> bool {
 pub(crate) async fn submit(out: &Out, home: &Home, link: Link, task: &Task) -> Result<Running> {
     let work = work(&link, &task.what).await?;
     let artifacts = link.artifacts(home).await?;
-    let (store, jsonl) = (artifacts.store.clone(), task.items.jsonl.clone());
-    let input = tokio::task::spawn_blocking(move || store.add_bytes(&jsonl)).await??;
+    let (store, content) = (artifacts.store.clone(), task.items.content());
+    let input = tokio::task::spawn_blocking(move || content.store(&store)).await??;
     artifacts.push(out, "the input", input).await?;
     let order = order(&link, work, input, task)?;
     let job = JobId(order.id());
@@ -252,7 +255,7 @@ impl Running {
     }
 }
 
-/// The results of a finished job, without its input when that is not in the local store.
+/// The results of a finished job, merged with its input where that can still be had.
 pub(crate) async fn fetch(
     out: &Out,
     home: &Home,
@@ -263,7 +266,19 @@ pub(crate) async fn fetch(
     let parts = parts(view)?;
     let artifacts = link.artifacts(home).await?;
     artifacts.fetch(out, "the results", &parts).await?;
-    let written = merge(&artifacts, &parts, None, sink);
+    let input = match view::artifact(view.input.as_ref()) {
+        Ok(input) if artifacts.store.contains(&input) => Some(input),
+        Ok(input) => {
+            let fetched = artifacts.fetch(out, "the input", &[input]).await;
+            fetched.ok().map(|()| input)
+        }
+        Err(_) => None,
+    };
+    let input = input.and_then(|input| artifacts.store.path(&input).ok());
+    if input.is_none() {
+        out.warn("the input is no longer there: the results come without it");
+    }
+    let written = merge(&artifacts, &parts, input.as_deref(), sink);
     artifacts.close().await;
     written
 }
@@ -313,15 +328,15 @@ fn merge(
     sink: &mut (dyn Write + Send),
 ) -> Result<u64> {
     let mut input = match input {
-        Some(path) => Some(BufReader::new(File::open(path)?).lines()),
+        Some(path) => Some(BufReader::new(File::open(path)?)),
         None => None,
     };
+    let (mut line, mut asked) = (Vec::new(), Vec::new());
     let mut written = 0u64;
     for part in parts {
-        let file = File::open(artifacts.store.path(part)?)?;
-        for line in BufReader::new(file).lines() {
-            let line = line?;
-            let result: Map<String, Value> = serde_json::from_str(&line).map_err(|error| {
+        let mut results = BufReader::new(File::open(artifacts.store.path(part)?)?);
+        while line_of(&mut results, RESULT_LINE_BYTES_MAX, &mut line).with_context(|| part.to_string())? {
+            let result: Map<String, Value> = serde_json::from_slice(&line).map_err(|error| {
                 fault(
                     Kind::NotVerified,
                     format!("result {written} in {part} is not a JSON object: {error}"),
@@ -333,12 +348,12 @@ fn merge(
                 );
                 return Err(fault(Kind::NotVerified, why));
             }
-            let asked = match &mut input {
-                Some(lines) => lines.next().transpose()?.unwrap_or_default(),
-                None => String::new(),
-            };
+            asked.clear();
+            if let Some(lines) = &mut input {
+                line_of(lines, RESULT_LINE_BYTES_MAX, &mut asked)?;
+            }
             // An input line need not be an object; then the result stands alone.
-            let asked: Map<String, Value> = serde_json::from_str(&asked).unwrap_or_default();
+            let asked: Map<String, Value> = serde_json::from_slice(&asked).unwrap_or_default();
             let asked = asked.iter().filter(|(key, _)| !result.contains_key(*key));
             // For people: first which item, then what was asked, then what came of it.
             let (names, rest): (Vec<_>, Vec<_>) = result
@@ -352,83 +367,6 @@ fn merge(
     }
     sink.flush()?;
     Ok(written)
-}
-
-/// Where results go: a file, or standard output.
-pub(crate) enum Sink {
-    File(PathBuf),
-    Stdout,
-}
-
-impl Sink {
-    /// `-o`, else standard output when somebody reads it, else a file named after the job.
-    pub(crate) fn choose(out: &Out, given: Option<&Path>, job: &JobId) -> Self {
-        match given {
-            Some(path) if path.as_os_str() == "-" => Self::Stdout,
-            Some(path) => Self::File(path.to_owned()),
-            None if out.terminal || out.json => Self::File(format!("karez-{}.jsonl", job.short()).into()),
-            None => Self::Stdout,
-        }
-    }
-
-    pub(crate) fn path(&self) -> Option<&Path> {
-        match self {
-            Self::File(path) => Some(path),
-            Self::Stdout => None,
-        }
-    }
-
-    /// Opens it for writing; a file appears only once it is whole, by [`Opened::done`].
-    pub(crate) fn open(&self, out: &'static Out) -> Result<Opened> {
-        Ok(match self {
-            Self::Stdout => Opened {
-                inner: Box::new(StdoutSink(out)),
-                rename: None,
-            },
-            Self::File(path) => {
-                let mut name = path.file_name().unwrap_or_default().to_owned();
-                name.push(".part");
-                let part = path.with_file_name(name);
-                let file = File::create(&part).with_context(|| format!("writing {}", part.display()))?;
-                Opened {
-                    inner: Box::new(BufWriter::new(file)),
-                    rename: Some((part, path.clone())),
-                }
-            }
-        })
-    }
-}
-
-/// An open sink.
-pub(crate) struct Opened {
-    inner: Box<dyn Write + Send>,
-    rename: Option<(PathBuf, PathBuf)>,
-}
-
-impl Opened {
-    pub(crate) fn writer(&mut self) -> &mut (dyn Write + Send) {
-        &mut *self.inner
-    }
-
-    pub(crate) fn done(mut self) -> Result<()> {
-        self.inner.flush()?;
-        if let Some((part, path)) = &self.rename {
-            std::fs::rename(part, path).with_context(|| format!("writing {}", path.display()))?;
-        }
-        Ok(())
-    }
-}
-
-struct StdoutSink(&'static Out);
-
-impl Write for StdoutSink {
-    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        self.0.raw(bytes);
-        Ok(bytes.len())
-    }
-    fn flush(&mut self) -> std::io::Result<()> {
-        Ok(())
-    }
 }
 
 /// The job that an interrupt should mention, once there is one.

@@ -126,7 +126,7 @@ fn missing_things_are_not_found() {
     assert_snapshot!(cli.fails(&["embed", "nowhere.txt"]), @"4: error: nowhere.txt does not exist: give a file, or - for standard input");
     assert_snapshot!(cli.fails(&["submit", "job.toml"]), @"4: error: job.toml does not exist: `karez schema job` shows what a job file holds");
     assert_snapshot!(cli.fails(&["ledger", "verify", "l.jsonl"]), @"4: error: l.jsonl does not exist");
-    assert_snapshot!(cli.fails(&["artifact", "add", "model.gguf"]), @"4: error: model.gguf does not exist");
+    assert_snapshot!(cli.fails(&["artifact", "add", "model.gguf"]), @"4: error: model.gguf does not exist: give a file or a directory");
     assert!(
         cli.fails(&["scheduler", "invite", "--role", "node"])
             .starts_with("4: ")
@@ -300,4 +300,149 @@ fn standard_input_is_read_and_checked() {
         String::from_utf8(out.stderr).unwrap(),
         @"error: standard input, line 2: byte 1 is not UTF-8: save the file as UTF-8"
     );
+}
+
+#[test]
+fn karez_alone_shows_its_help() {
+    let cli = Cli::new();
+    for (args, word) in [
+        (&[][..], "generate"),
+        (&["job"], "explain"),
+        (&["ledger"], "verify"),
+    ] {
+        let out = cli.run(args);
+        assert_eq!(out.status.code(), Some(2), "{args:?}");
+        let help = String::from_utf8(out.stderr).unwrap();
+        assert!(help.contains("Usage:") && help.contains(word), "{args:?}: {help}");
+        assert!(
+            !help.contains("worker"),
+            "a command for machines is shown: {help}"
+        );
+    }
+}
+
+#[test]
+fn errors_are_documents_for_programs() {
+    let cli = Cli::new();
+    let out = cli.run(&["jobs", "--json"]);
+    assert_eq!(out.status.code(), Some(7));
+    assert!(out.stdout.is_empty());
+    let error: serde_json::Value = serde_json::from_slice(&out.stderr).unwrap();
+    assert_eq!(error["exit_code"], 7);
+    assert!(error["error"].as_str().unwrap().contains("karez join"), "{error}");
+    let codes: serde_json::Value = serde_json::from_str(&cli.prints(&["exit-codes", "--json"])).unwrap();
+    assert_eq!(
+        codes[6],
+        serde_json::json!({"code": 6, "meaning": "the scheduler cannot be reached"})
+    );
+}
+
+#[test]
+fn results_that_could_not_be_written_are_refused_before_any_work() {
+    let cli = Cli::new().joined();
+    cli.file("in.txt", "one\n");
+    cli.file("full/x", "");
+    assert_snapshot!(
+        cli.fails(&["embed", "in.txt", "-o", "nowhere/out.jsonl"]),
+        @"3: error: nowhere/out.jsonl cannot be written: there is no folder nowhere: choose another path with -o"
+    );
+    for args in [
+        &["generate", "x", "-o", "full"][..],
+        &["job", "fetch", "feedbeef", "-o", "full"],
+        &["ledger", "export", "-o", "full"],
+    ] {
+        let error = cli.fails(args);
+        assert!(
+            error.starts_with("3: error: full cannot be written: it is a directory"),
+            "{error}"
+        );
+    }
+    // What the command line itself forbids comes first of all.
+    assert!(cli.fails(&["job", "show", "zz"]).starts_with("2: "));
+    assert!(
+        cli.fails(&["generate", "x", "--label", &"l".repeat(121)])
+            .starts_with("2: ")
+    );
+    assert!(
+        cli.fails(&["generate", "x", "--temperature", "-1"])
+            .contains("between 0 and 5")
+    );
+}
+
+#[test]
+fn folders_in_the_wrong_place_are_named() {
+    let cli = Cli::new().joined();
+    cli.file("folder/x", "");
+    for args in [
+        &["submit", "folder"][..],
+        &["ledger", "verify", "folder"],
+        &["embed", "folder"],
+        &["artifact", "add", "/dev/null"],
+        &["artifact", "add", "folder", "--model", "m"],
+    ] {
+        let error = cli.fails(args);
+        assert!(error.starts_with("3: error: "), "{args:?}: {error}");
+        assert!(
+            error.contains("folder") || error.contains("/dev/null"),
+            "{args:?}: {error}"
+        );
+        assert!(!error.contains("os error"), "{args:?}: {error}");
+    }
+    let home = ["--home", "folder/x/home"];
+    assert_snapshot!(
+        cli.fails(&[&home[..], &["init"]].concat()),
+        @"1: error: DIR/folder/x/home/user.pem: Not a directory: a part of this path is no folder, choose another place"
+    );
+}
+
+#[test]
+fn work_that_reads_nothing_needs_no_text() {
+    let cli = Cli::new().joined();
+    cli.file(
+        "job.toml",
+        "work = \"noop\"\ninput = \"in.jsonl\"\n[noop]\nmillis_per_item = 1\n",
+    );
+    cli.file("in.jsonl", "{\"id\":1}\n{}\n");
+    // The input is good, so only the scheduler is missing.
+    assert!(cli.fails(&["submit", "job.toml"]).starts_with("6: "));
+    cli.file("in.jsonl", "{\"id\":}\n");
+    assert!(
+        cli.fails(&["submit", "job.toml"])
+            .starts_with("3: error: in.jsonl, line 1: malformed")
+    );
+}
+
+#[test]
+fn a_long_input_is_not_held_in_memory_and_leaves_nothing_behind() {
+    let cli = Cli::new().joined();
+    cli.file(
+        "in.txt",
+        &"a sentence of some length, again and again\n".repeat(300_000),
+    );
+    assert!(cli.fails(&["embed", "in.txt"]).starts_with("6: "));
+    let left = fs::read_dir(cli.path().join("home")).unwrap();
+    let left: Vec<_> = left.map(|e| e.unwrap().file_name()).collect();
+    assert!(
+        !left.iter().any(|name| name.to_string_lossy().contains("input")),
+        "{left:?}"
+    );
+}
+
+#[test]
+fn completions_load_in_bash() {
+    let cli = Cli::new();
+    cli.file("karez.bash", &cli.prints(&["completions", "bash"]));
+    let script = "source karez.bash && COMP_WORDS=(karez job '') COMP_CWORD=2 && _karez karez '' job && echo \"${COMPREPLY[@]}\" \
+                  && COMP_WORDS=(karez '') COMP_CWORD=1 && _karez karez '' karez && echo \"${COMPREPLY[@]}\"";
+    let out = Command::new("bash")
+        .args(["--norc", "-c", script])
+        .current_dir(cli.path())
+        .output()
+        .unwrap();
+    let text = String::from_utf8(out.stdout).unwrap();
+    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+    for word in ["explain", "cancel", "generate", "ledger"] {
+        assert!(text.contains(word), "{word}: {text}");
+    }
+    assert!(!text.contains("worker"), "{text}");
 }

@@ -115,3 +115,172 @@ fn down_leaves_no_process_behind() {
     }
     assert_eq!(run(&net.home, &["jobs"]).code, 6);
 }
+
+#[test]
+fn results_fetched_later_are_the_results_waited_for() {
+    let net = Net::up();
+    // No-ops need no text, and what the lines hold comes back.
+    let input = net.file("in.jsonl", "{\"id\":\"a\"}\n{\"id\":\"ب\",\"n\":[1,2]}\n{}\n");
+    let job = net.file(
+        "job.toml",
+        format!(
+            "work = \"noop\"\ninput = {input:?}\noutput = \"waited.jsonl\"\n[noop]\nmillis_per_item = 0\n"
+        ),
+    );
+    let waited = net.run(&["submit", &job]).ok();
+    assert_eq!(waited.err, "", "piped, there is nothing to remark");
+    let expected = "{\"index\":0,\"id\":\"a\"}\n{\"index\":1,\"id\":\"ب\",\"n\":[1,2]}\n{\"index\":2}\n";
+    assert_eq!(fs::read_to_string(net.path("waited.jsonl")).unwrap(), expected);
+
+    let id = net.run(&["submit", &job, "--detach"]).ok().out.trim().to_owned();
+    net.ended(&id, Duration::from_secs(30));
+    assert_eq!(net.run(&["job", "fetch", &id]).ok().out, expected);
+    // From another machine with the same key, too: the scheduler still has the input.
+    fs::remove_dir_all(net.home.join("artifacts")).unwrap();
+    assert_eq!(net.run(&["job", "fetch", &id, "-o", "-"]).ok().out, expected);
+
+    let late = net.run(&["job", "cancel", &id]).ok();
+    assert!(late.out.contains("was done already"), "{late:?}");
+    // A donated part is a settlement too, and says whose work it was.
+    let shown = net.run(&["ledger", "show"]).ok().out;
+    let settle = shown.lines().find(|l| l.contains(" settle ")).unwrap();
+    assert!(
+        settle.contains("escrow:") && settle.contains("institution:"),
+        "{shown}"
+    );
+}
+
+/// The README's first steps, word for word but for addresses: a federation, a university and a researcher.
+#[test]
+fn three_parties_meet_by_the_readme() {
+    let dir = tempfile::tempdir().unwrap();
+    let home = |name: &str| dir.path().join(name);
+    let (federation, university, researcher) = (home("federation"), home("university"), home("researcher"));
+    let port = free_ports().to_string();
+    let at = ["--host", "127.0.0.1", "--port", &port];
+    let init = ["scheduler", "init", "--institution", "my-federation"];
+    run(&federation, &[&init[..], &at].concat()).ok();
+    let mut daemons = Daemons::default();
+    daemons.start(&federation, "scheduler");
+    let invite = |role, more: &[&str]| {
+        let args = [&["scheduler", "invite", "--role", role][..], more].concat();
+        run(&federation, &args).ok().out.trim().to_owned()
+    };
+    let at_uni = ["--institution", "uni-nairobi"];
+    let for_node = invite("node", &at_uni);
+    let for_user = invite("user", &[&at_uni[..], &["--credits", "100"]].concat());
+    let own = invite("user", &[]);
+    patiently(|| run(&federation, &["join", &own]).code == 0);
+    run(&federation, &["artifact", "add", "--shipped"]).ok();
+
+    let node = ["--name", "lab-7", "--country", "KE", "--price", "0.40"];
+    run(
+        &university,
+        &[&["node", "init", "--join", &for_node][..], &node].concat(),
+    )
+    .ok();
+    daemons.start(&university, "node");
+    patiently(|| {
+        run(&university, &["node", "status"])
+            .out
+            .contains("connected, offer accepted")
+    });
+
+    run(&researcher, &["init"]).ok();
+    run(&researcher, &["join", &for_user]).ok();
+    let asked = [
+        "generate",
+        "Why should I rotate my crops?",
+        "--country",
+        "KE,BR",
+        "--max-cost",
+        "0.5",
+    ];
+    let answer = run(
+        &researcher,
+        &[&asked[..], &["--max-tokens", "8", "--json"]].concat(),
+    )
+    .ok()
+    .json();
+    assert_eq!(
+        answer["report"]["parts"][0]["institution"], "uni-nairobi",
+        "{answer}"
+    );
+    let books = home("books.ndjson");
+    let books = books.to_str().unwrap();
+    run(&researcher, &["ledger", "export", "-o", books]).ok();
+    // The auditor belongs to nobody.
+    let verified = run(&home("auditor"), &["ledger", "verify", books, "--json"])
+        .ok()
+        .json();
+    assert_eq!(
+        verified["institutions"]["uni-nairobi"]["receipts"], 1,
+        "{verified}"
+    );
+    let spent = &answer["report"]["spent_microcredits"];
+    assert_eq!(&verified["settled_microcredits"], spent);
+    assert!(spent.as_u64().unwrap() > 0, "{answer}");
+}
+
+/// Daemons that end with the test.
+#[derive(Default)]
+struct Daemons(Vec<std::process::Child>);
+
+impl Daemons {
+    fn start(&mut self, home: &std::path::Path, kind: &str) {
+        let log = fs::File::create(home.join(format!("{kind}.log"))).unwrap();
+        let mut command = crate::net::karez(home, &[kind, "run"]);
+        let child = command.stdout(log.try_clone().unwrap()).stderr(log).spawn();
+        self.0.push(child.unwrap());
+    }
+}
+
+impl Drop for Daemons {
+    fn drop(&mut self) {
+        for child in self.0.iter_mut().rev() {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+fn patiently(mut ask: impl FnMut() -> bool) {
+    let began = std::time::Instant::now();
+    while !ask() {
+        assert!(began.elapsed() < Duration::from_secs(30), "waited in vain");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+}
+
+/// The first of four ports in a row that are free now.
+fn free_ports() -> u16 {
+    let from = 20_000 + u16::try_from(std::process::id() % 10_000).unwrap();
+    let free = |port: u16| {
+        std::net::TcpListener::bind(("127.0.0.1", port)).is_ok()
+            && std::net::UdpSocket::bind(("127.0.0.1", port)).is_ok()
+    };
+    (from..from + 20_000)
+        .step_by(4)
+        .find(|p| (*p..p + 4).all(free))
+        .unwrap()
+}
+
+#[test]
+fn a_paused_node_stays_paused_and_up_says_so() {
+    let net = Net::up();
+    let dir = net.dir("hill-institute");
+    let dir = dir.to_str().unwrap();
+    net.run(&["node", "pause", "--dir", dir]).ok();
+    net.run(&["down"]).ok();
+    let up = net.run(&["up"]).ok();
+    assert!(
+        up.err.contains("paused") && up.err.contains("karez node open"),
+        "{up:?}"
+    );
+    net.run(&["node", "open", "--dir", dir]).ok();
+    net.until(Duration::from_secs(10), "the node to be open", || {
+        let offers = net.run(&["offers", "--json"]).ok().json();
+        let all = offers.as_array()?;
+        all.iter().all(|o| o["state"] == "open").then_some(())
+    });
+}

@@ -30,6 +30,7 @@ impl From<JobView> for wire::JobView {
             work: work.kind().as_str().into(),
             model,
             meters: Some(view.meters.into()),
+            input: Some(view.order.input.into()),
             parts: view.parts.into_iter().map(Into::into).collect(),
         }
     }
