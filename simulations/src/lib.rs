@@ -1,6 +1,6 @@
 //! Seeded worlds that run the real agent and controller, with faults and checkers.
 //!
-//! A [`World`] holds one scheduler, its nodes, its users and everything between them: clocks, disks, sessions,
+//! A [`World`] holds schedulers, nodes with their owners, users and everything between them: clocks, disks, sessions,
 //! stray offers, workers. The minds are the real ones of `karez-core`; only the shells around them are simulated,
 //! and they keep exactly the promises that the daemons keep (what is persisted is on disk before anything else of
 //! a batch leaves). The [`check::Checker`] sees what crossed the wires and reached the disks, nothing else, and
@@ -10,6 +10,7 @@
 pub mod check;
 pub mod disk;
 pub mod geo;
+pub mod record;
 mod liar;
 pub mod rng;
 pub mod setup;
@@ -17,6 +18,7 @@ pub mod traces;
 pub mod world;
 
 mod node;
+mod people;
 mod scheduler;
 mod workload;
 
@@ -42,8 +44,16 @@ pub struct Summary {
     pub leases: u64,
     /// Attempts settled, paid or not.
     pub settled: u64,
-    /// Crashes of nodes and of the scheduler.
+    /// Crashes of nodes and of schedulers.
     pub crashes: u64,
+    /// Processes started anew by their operators.
+    pub restarts: u64,
+    /// Times an owner took a machine back.
+    pub reclaims: u64,
+    /// Messages sent: session messages and offers.
+    pub messages: u64,
+    /// Events planned when the figures were taken.
+    pub waiting: u64,
     /// Sessions that broke.
     pub breaks: u64,
     /// Virtual milliseconds from the end of the storm until the last job ended.
@@ -62,6 +72,10 @@ impl Summary {
         self.leases += other.leases;
         self.settled += other.settled;
         self.crashes += other.crashes;
+        self.restarts += other.restarts;
+        self.reclaims += other.reclaims;
+        self.messages += other.messages;
+        self.waiting = self.waiting.max(other.waiting);
         self.breaks += other.breaks;
         self.calm_ms = self.calm_ms.max(other.calm_ms);
     }
@@ -72,6 +86,8 @@ impl Summary {
 pub struct Failure {
     /// The seed that shows it.
     pub seed: u64,
+    /// The scenario; empty for the worlds of the suite.
+    pub scenario: String,
     /// Which rule, and where.
     pub rule: String,
     /// What happened before, when the setup asked for a trace.
@@ -81,10 +97,17 @@ pub struct Failure {
 impl std::fmt::Display for Failure {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         writeln!(f, "seed {}: {}", self.seed, self.rule)?;
+        if self.scenario.is_empty() {
+            return write!(
+                f,
+                "replay: KAREZ_SEED={} cargo test -p karez-simulations one_seed -- --nocapture",
+                self.seed
+            );
+        }
         write!(
             f,
-            "replay: KAREZ_SEED={} cargo test -p karez-simulations one_seed -- --nocapture",
-            self.seed
+            "replay: the scenario {:?} again with `--seed {} --trace`",
+            self.scenario, self.seed
         )
     }
 }

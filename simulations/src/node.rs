@@ -1,44 +1,24 @@
 //! A node's process around the real agent: its clock, disk, workers, fetches and deliveries.
 use crate::{
-    check::{TrueDevice, TrueNode},
     disk::Disk,
     liar::Lie,
-    rng::Rng,
-    setup::{Sabotage, Setup},
+    people::{Owner, draw_price},
+    setup::Sabotage,
     world::{Crash, Due, World},
 };
 use karez_core::{
-    agent::{Agent, AgentConfig, Effect, Event, Exit, OwnerPolicy, WorkerMeters},
+    agent::{Agent, AgentConfig, Effect, Event, Exit, OwnerCommand, WorkerMeters},
     artifact::{ArtifactKind, ArtifactRef},
     exchange::{FinishedLease, ToNode, ToScheduler},
-    id::{Country, Digest, Institution, LeaseKey},
-    key::{NodeId, PublicKey, SecretKey},
-    records::{Device, Engine, Order, Verified, Work, WorkKind},
+    id::{Digest, LeaseKey},
+    records::{NodeState, Order, Verified, Work},
     store::Change,
-    unit::{Bytes, Millis, MonoMillis, Now, Rate, Speed, UtcMillis},
+    unit::{Bytes, Millis, MonoMillis, Now, Rate, UtcMillis},
 };
 use std::collections::BTreeMap;
 
-/// When the world begins, on the UTC clock.
-pub(crate) const EPOCH: u64 = 1_800_000_000_000;
-pub(crate) const HEARTBEAT: Millis = Millis(2_000);
-const OFFER_TTL: Millis = Millis(30_000);
-
-pub(crate) const COUNTRIES: [&str; 6] = ["KE", "BR", "VN", "NP", "GH", "FR"];
-pub(crate) const INSTITUTIONS: [&str; 6] = [
-    "uni-nairobi",
-    "usp-brazil",
-    "hanoi-tech",
-    "tu-kathmandu",
-    "knust-ghana",
-    "lyon-dc",
-];
-const CLASSES: [(&str, u64); 4] = [
-    ("cpu/x86-64-v3", 16 << 30),
-    ("cpu/aarch64", 8 << 30),
-    ("cuda/NVIDIA T4", 16 << 30),
-    ("cuda/NVIDIA H200", 141 << 30),
-];
+/// When the world begins, on the UTC clock: a Monday at midnight.
+pub(crate) const EPOCH: u64 = 1_800_230_400_000;
 
 /// A worker that runs now.
 #[derive(Debug, Clone)]
@@ -47,25 +27,34 @@ pub(crate) struct Worker {
     ends: u64,
     exit: Exit,
     totals: WorkerMeters,
+    devices: u32,
 }
 
 /// A node's process and its machine.
 pub(crate) struct NodeProcess {
-    pub(crate) config: AgentConfig,
+    /// What the owner set; the agent holds it while it lives.
+    config: Option<AgentConfig>,
+    pub(crate) owner: Owner,
+    /// When the owner's next word is due.
+    pub(crate) owner_due: u64,
+    /// What its first device cost at first.
+    pub(crate) first_rate: Rate,
     pub(crate) agent: Option<Agent>,
     pub(crate) disk: Disk,
     /// Counts the starts of the process; what was begun under another does not reach this one.
-    pub(crate) epoch: u64,
+    pub(crate) epoch: u32,
     /// The monotonic clock at the start of the process, and when that was.
     mono_base: u64,
     booted_at: u64,
     pub(crate) skew_ms: i64,
-    pub(crate) latency: u64,
+    pub(crate) last_mile: u64,
     pub(crate) slow: u64,
     pub(crate) cut_until: u64,
-    pub(crate) session: Option<usize>,
-    pub(crate) ticket: u64,
-    pub(crate) tick_at: Option<u64>,
+    /// Of each scheduler it dials: the session, and attempts missed.
+    links: Vec<(u16, Option<u32>, u8)>,
+    pub(crate) ticket: u32,
+    /// `u64::MAX`: no tick is planned.
+    pub(crate) tick_at: u64,
     pub(crate) workers: BTreeMap<LeaseKey, Worker>,
     pub(crate) crash: Option<Crash>,
     pub(crate) lie: Option<Lie>,
@@ -74,148 +63,72 @@ pub(crate) struct NodeProcess {
     spins: (u64, u32),
 }
 
-/// Machines of several countries, owners and prices, and what is true of them.
-pub(crate) fn build_nodes(rng: &mut Rng, setup: &Setup) -> (Vec<NodeProcess>, Vec<TrueNode>) {
-    (0..setup.nodes).map(|n| build_node(rng, setup, n)).unzip()
-}
-
-fn build_node(rng: &mut Rng, setup: &Setup, n: usize) -> (NodeProcess, TrueNode) {
-    let secret = SecretKey::from_bytes(&rng.bytes());
-    let at = rng.below(COUNTRIES.len() as u64) as usize;
-    let country = parse::<Country>(COUNTRIES[at]);
-    // Institutions mostly stay at home.
-    let home = if rng.chance(200) {
-        rng.pick(&INSTITUTIONS)
-    } else {
-        INSTITUTIONS[at]
-    };
-    let institution = parse::<Institution>(home);
-    let mut devices = Vec::new();
-    for (class, memory) in CLASSES {
-        if rng.chance(450) || (devices.is_empty() && class == CLASSES[3].0) {
-            devices.push(TrueDevice {
-                class: class.into(),
-                count: rng.between(1, 3) as u32,
-                memory: Bytes(memory),
-                rate: price(rng),
-            });
+impl NodeProcess {
+    pub(crate) fn new(config: AgentConfig, owner: Owner, lie: Option<Lie>) -> Self {
+        Self {
+            links: owner.schedulers.iter().map(|s| (*s as u16, None, 0)).collect(),
+            owner,
+            owner_due: 0,
+            first_rate: config.devices[0].rate,
+            config: Some(config),
+            agent: None,
+            disk: Disk::default(),
+            epoch: 0,
+            mono_base: 0,
+            booted_at: 0,
+            skew_ms: 0,
+            last_mile: 0,
+            slow: 1,
+            cut_until: 0,
+            ticket: 0,
+            tick_at: u64::MAX,
+            workers: BTreeMap::new(),
+            crash: None,
+            lie,
+            told: Vec::new(),
+            spins: (0, 0),
         }
     }
-    let mut speeds = BTreeMap::from([(WorkKind::Noop, 1_000_000)]);
-    if rng.chance(700) {
-        speeds.insert(WorkKind::Embed, rng.between(1_000_000, 20_000_000));
+
+    /// What the owner set.
+    pub(crate) fn config(&self) -> &AgentConfig {
+        match (&self.agent, &self.config) {
+            (Some(agent), _) => agent.config(),
+            (None, Some(config)) => config,
+            (None, None) => unreachable!("the settings are either the agent's or kept for the next one"),
+        }
     }
-    if rng.chance(700) {
-        speeds.insert(WorkKind::Generate, rng.between(100_000, 3_000_000));
+
+    /// Its session with that scheduler.
+    pub(crate) fn session(&self, s: usize) -> Option<u32> {
+        self.links.iter().find(|(to, ..)| usize::from(*to) == s)?.1
     }
-    let refuses: Vec<Institution> = if rng.chance(150) {
-        vec![parse(rng.pick(&INSTITUTIONS))]
-    } else {
-        Vec::new()
-    };
-    let lie = rng.chance(setup.liars_per_mille).then(|| Lie::draw(rng));
-    let truth = TrueNode {
-        id: NodeId(PublicKey::of(&secret)),
-        institution: institution.clone(),
-        country,
-        devices: devices.clone(),
-        speeds: speeds.clone(),
-        refuses: refuses.clone(),
-        honest: lie.is_none(),
-    };
-    let engines = speeds
-        .iter()
-        .map(|(work, speed)| Engine {
-            name: work.as_str().into(),
-            version: "1".into(),
-            work: *work,
-            // The probe is never quite right.
-            speed: Speed(speed * rng.between(70, 130) / 100),
-            method: "probe/1".into(),
+
+    pub(crate) fn set_session(&mut self, s: usize, session: Option<u32>) {
+        if let Some(link) = self.links.iter_mut().find(|(to, ..)| usize::from(*to) == s) {
+            link.1 = session;
+            link.2 = 0;
+        }
+    }
+
+    /// Counts an attempt that found nobody.
+    pub(crate) fn missed_dial(&mut self, s: usize) -> u32 {
+        let link = self.links.iter_mut().find(|(to, ..)| usize::from(*to) == s);
+        link.map_or(0, |link| {
+            link.2 = link.2.saturating_add(1);
+            u32::from(link.2)
         })
-        .collect();
-    let claimed = match setup.sabotage {
-        Some(Sabotage::FalseCountry) => parse("CH"),
-        _ => country,
-    };
-    let config = AgentConfig {
-        secret,
-        name: format!("node-{n}"),
-        institution,
-        country: claimed,
-        devices: devices
-            .iter()
-            .map(|d| Device {
-                class: d.class.clone(),
-                count: match setup.sabotage {
-                    Some(Sabotage::Overbook) => d.count + 2,
-                    _ => d.count,
-                },
-                free: 0,
-                memory: d.memory,
-                rate: match setup.sabotage {
-                    Some(Sabotage::Dearer) => Rate(d.rate.0 + 1),
-                    _ => d.rate,
-                },
-            })
-            .collect(),
-        engines,
-        cores: 16,
-        memory: Bytes(64 << 30),
-        isa: "x86-64-v3".into(),
-        isolation: "landlock+seccomp".into(),
-        policy: OwnerPolicy {
-            institutions: Vec::new(),
-            institutions_excluded: refuses,
-            work: Vec::new(),
-        },
-        offer_ttl: OFFER_TTL,
-        heartbeat: HEARTBEAT,
-        reading_interval: Millis(3_000),
-        reclaim_grace: Millis(4_000),
-    };
-    let process = NodeProcess {
-        config,
-        agent: None,
-        disk: Disk::default(),
-        epoch: 0,
-        mono_base: 0,
-        booted_at: 0,
-        skew_ms: rng.below(20_000) as i64 - 10_000,
-        latency: rng.between(1, 150),
-        slow: 1,
-        cut_until: 0,
-        session: None,
-        ticket: 0,
-        tick_at: None,
-        workers: BTreeMap::new(),
-        crash: None,
-        lie,
-        told: Vec::new(),
-        spins: (0, 0),
-    };
-    (process, truth)
-}
-
-fn price(rng: &mut Rng) -> Rate {
-    if rng.chance(250) {
-        Rate::FREE
-    } else {
-        Rate(rng.between(1, 40) * 100_000)
     }
-}
 
-pub(crate) fn parse<T: std::str::FromStr>(text: &str) -> T
-where
-    T::Err: std::fmt::Debug,
-{
-    match text.parse() {
-        Ok(value) => value,
-        Err(error) => panic!("{text:?} is a constant of the simulation: {error:?}"),
+    pub(crate) fn sessions_now(&self) -> Vec<u32> {
+        self.links.iter().filter_map(|link| link.1).collect()
     }
-}
 
-impl NodeProcess {
+    /// Some lease is on its disk.
+    pub(crate) fn holds_anything(&self) -> bool {
+        self.disk.rows("leases").next().is_some()
+    }
+
     pub(crate) fn clock(&self, now: u64) -> Now {
         Now {
             utc: UtcMillis((EPOCH + now).saturating_add_signed(self.skew_ms)),
@@ -235,22 +148,25 @@ impl World {
         if self.nodes[n].agent.is_some() {
             return;
         }
-        if self.nodes[n].epoch > 0 && !self.calm && self.rng.chance(250) {
-            self.reprice(n);
-        }
+        self.set_price(n);
         let mono_base = self.rng.below(1_000_000_000);
         let node = &mut self.nodes[n];
         node.epoch += 1;
         node.mono_base = mono_base;
         node.booted_at = self.now;
-        node.session = None;
-        node.tick_at = None;
+        node.tick_at = u64::MAX;
+        for link in &mut node.links {
+            (link.1, link.2) = (None, 0);
+        }
         let now = node.clock(self.now);
         if self.setup.sabotage == Some(Sabotage::ForgetFences) {
             node.disk.wipe("fences");
         }
         let stored = node.disk.read();
-        match Agent::restore(node.config.clone(), now, &stored) {
+        let Some(config) = node.config.take() else {
+            return;
+        };
+        match Agent::restore(config, now, &stored) {
             Ok(agent) => node.agent = Some(agent),
             Err(error) => {
                 return self
@@ -260,44 +176,95 @@ impl World {
         }
         let epoch = node.epoch;
         self.note(|| format!("node {n}: starts"));
-        let pause = self.rng.between(20, 1_500);
-        self.after(pause, Due::Dial { n, epoch });
+        let state = self.nodes[n].agent.as_ref().map(|a| a.status().state);
+        let lent = state == Some(NodeState::Open);
+        self.recorder.lends(n, lent, self.checker.node(n));
+        let wanted = state == Some(NodeState::Reclaimed);
+        self.checker.owner_wants(n, wanted.then_some(self.now));
+        for s in self.nodes[n].owner.schedulers.clone() {
+            let pause = self.rng.between(20, 1_500);
+            let (n, s) = (n as u32, s as u32);
+            self.after(pause, Due::Dial { n, epoch, s });
+        }
         self.node_event(n, Event::Started);
-        if self.calm && self.nodes[n].epoch == epoch && self.nodes[n].agent.is_some() {
-            self.node_event(n, Event::Owner(karez_core::agent::OwnerCommand::Open));
+        let alive = |world: &Self| world.nodes[n].epoch == epoch && world.nodes[n].agent.is_some();
+        if alive(self) {
+            self.owner_at_boot(n);
+        }
+        if self.calm && alive(self) && self.nodes[n].owner.habit.is_none() {
+            self.owner_says(n, OwnerCommand::Open);
         }
     }
 
-    /// The owner asks another price from the next start on.
-    fn reprice(&mut self, n: usize) {
-        let rate = price(&mut self.rng);
-        let class = self.nodes[n].config.devices[0].class.clone();
-        self.nodes[n].config.devices[0].rate = rate;
-        self.checker.reprice(n, &class, rate);
+    /// What the owner asks from this start on.
+    fn set_price(&mut self, n: usize) {
+        let rate = if self.nodes[n].owner.member.is_some() {
+            self.price_wanted(n)
+        } else if self.nodes[n].epoch > 0 && !self.calm && self.rng.chance(250) {
+            draw_price(&mut self.rng)
+        } else {
+            return;
+        };
+        let Some(config) = &mut self.nodes[n].config else {
+            return;
+        };
+        let dearer = u64::from(self.setup.sabotage == Some(Sabotage::Dearer));
+        if config.devices[0].rate.0 != rate.0 + dearer {
+            config.devices[0].rate = Rate(rate.0 + dearer);
+            let class = config.devices[0].class.clone();
+            self.checker.reprice(n, &class, rate);
+        }
     }
 
-    fn node_dies(&mut self, n: usize) {
+    /// Power fails, for so long.
+    pub(crate) fn node_dies(&mut self, n: usize, away: u64) {
         self.note(|| format!("node {n}: dies"));
         self.summary.crashes += 1;
-        let node = &mut self.nodes[n];
-        node.agent = None;
-        node.epoch += 1;
-        node.workers.clear();
-        let session = node.session.take();
-        self.checker.died(n, self.now);
-        if let Some(session) = session {
-            self.sessions[session].up = false;
-            let learns = self.rng.below(8_000);
-            self.after(learns, Due::SchedulerLearnsBreak { session });
-        }
+        self.node_stops(n);
+        // Away for longer than the storm means: until it is over.
+        let back = (self.now + away).min(self.now.max(self.setup.storm_ms) + 5_000);
+        self.at(back, Due::NodeBoot { n: n as u32 });
+    }
+
+    fn node_crashes(&mut self, n: usize) {
         let away = if self.calm || self.rng.chance(800) {
             self.rng.between(200, 15_000)
         } else {
             self.rng.between(20_000, 90_000)
         };
-        // Away for longer than the storm means: until it is over.
-        let back = (self.now + away).min(self.now.max(self.setup.storm_ms) + 5_000);
-        self.at(back, Due::NodeBoot { n });
+        self.node_dies(n, away);
+    }
+
+    /// The operator starts the process anew; nothing may run on it.
+    pub(crate) fn node_restarts(&mut self, n: usize) {
+        self.note(|| format!("node {n}: is started anew"));
+        self.summary.restarts += 1;
+        self.node_stops(n);
+        let back = self.rng.between(300, 2_000);
+        self.after(back, Due::NodeBoot { n: n as u32 });
+    }
+
+    fn node_stops(&mut self, n: usize) {
+        let node = &mut self.nodes[n];
+        if let Some(agent) = node.agent.take() {
+            node.config = Some(agent.config().clone());
+        }
+        node.epoch += 1;
+        let workers = std::mem::take(&mut node.workers);
+        let sessions = node.sessions_now();
+        let busy: u32 = workers.values().map(|w| w.devices).sum();
+        self.recorder.stops(n, busy, self.checker.node(n));
+        self.checker.died(n, self.now, workers.keys());
+        // A word that was not stored is forgotten; the next start tells.
+        self.checker.owner_wants(n, None);
+        for link in &mut self.nodes[n].links {
+            link.1 = None;
+        }
+        for session in sessions {
+            self.sessions[session as usize].up = false;
+            let learns = self.rng.below(8_000);
+            self.after(learns, Due::SchedulerLearnsBreak { session });
+        }
     }
 
     /// One event through the agent, its changes to disk, its effects into the world.
@@ -319,7 +286,7 @@ impl World {
         self.node_rests(n, wake);
         let crash = self.nodes[n].crash.take_if(|_| !out.is_empty());
         if crash == Some(Crash::BeforeStore) {
-            return self.node_dies(n);
+            return self.node_crashes(n);
         }
         let mut rest = Vec::new();
         for effect in out {
@@ -329,7 +296,7 @@ impl World {
             }
         }
         if crash == Some(Crash::AfterStore) {
-            return self.node_dies(n);
+            return self.node_crashes(n);
         }
         let said = if crash == Some(Crash::Halfway) {
             rest.len() / 2
@@ -340,7 +307,7 @@ impl World {
             self.node_effect(n, effect);
         }
         if crash.is_some() {
-            self.node_dies(n);
+            self.node_crashes(n);
         }
     }
 
@@ -348,10 +315,10 @@ impl World {
         if self.sabotaged(Sabotage::GrantUnstored) {
             changes.retain(|c| !matches!(c, Change::Put { table: "leases", value, .. } if value.ends_with(b"\"Granted\"}")));
         }
-        for change in &changes {
+        self.checker.node_disk(n, &changes);
+        for change in changes {
             self.nodes[n].disk.apply(change);
         }
-        self.checker.node_disk(n, &changes);
     }
 
     /// Plans the next tick; a mind that never lets time pass is a busy loop.
@@ -366,33 +333,34 @@ impl World {
             return self.checker.fail(format!("node {n} spins"));
         }
         let at = node.world_time(wake).max(self.now + 1) + late;
-        if node
-            .tick_at
-            .is_none_or(|planned| planned > at || planned < self.now)
-        {
-            node.ticket += 1;
-            node.tick_at = Some(at);
+        if node.tick_at > at || node.tick_at < self.now {
+            node.ticket = node.ticket.wrapping_add(1);
+            node.tick_at = at;
             let ticket = node.ticket;
-            self.at(at, Due::NodeTick { n, ticket });
+            self.at(at, Due::NodeTick { n: n as u32, ticket });
         }
     }
 
     fn node_effect(&mut self, n: usize, effect: Effect) {
         let epoch = self.nodes[n].epoch;
+        let rough = self.setup.faults_per_minute > 0 && !self.calm;
         match effect {
             Effect::Persist(_) | Effect::Forget { .. } => {}
             Effect::Log(line) => self.note(|| format!("node {n} logs: {line}")),
             Effect::Send(_, ToScheduler::Finished(_)) if self.sabotaged(Sabotage::DropFinished) => {}
-            Effect::Send(_, message) => {
+            Effect::Send(to, message) => {
+                let Some(s) = self.index_of(&to) else {
+                    return self.checker.fail(format!("node {n} speaks to a stranger"));
+                };
                 self.checker.to_scheduler(n, &message);
                 for message in self.as_told(n, message) {
-                    self.send_to_scheduler(n, message);
+                    self.send_to_scheduler(n, s, message);
                 }
             }
             Effect::Fetch { key, fetch } => {
                 let bytes: u64 = fetch.artifacts.iter().map(|a| a.bytes.0).sum();
                 let span = self.rng.between(20, 400) + bytes / 50_000;
-                let event = if !self.calm && self.rng.chance(40) {
+                let event = if rough && self.rng.chance(40) {
                     let retryable = !self.rng.chance(50);
                     Event::FetchFailed {
                         key,
@@ -408,15 +376,20 @@ impl World {
                 self.after(
                     span,
                     Due::Local {
-                        n,
+                        n: n as u32,
                         epoch,
                         event: Box::new(event),
                     },
                 );
             }
             Effect::Start {
-                key, order, items, ..
-            } => self.worker_starts(n, key, &order, items),
+                key,
+                order,
+                items,
+                devices,
+                ..
+            } => self.worker_starts(n, key, &order, items, devices),
+            Effect::Stop { .. } if self.sabotaged(Sabotage::IgnoreOwner) => {}
             Effect::Stop { key, grace } => {
                 // Most guests leave at once, some only when they are thrown out; a few finish first.
                 let span = if self.rng.chance(700) {
@@ -427,17 +400,18 @@ impl World {
                 self.after(
                     span,
                     Due::WorkerEnds {
-                        n,
+                        n: n as u32,
                         epoch,
-                        key,
+                        key: Box::new(key),
                         stopped: true,
                     },
                 );
             }
-            Effect::Push { key, artifact, .. } => {
+            Effect::Push { key, to, artifact } => {
                 let span = self.rng.between(5, 300);
-                let connected = self.nodes[n].session.is_some_and(|s| self.sessions[s].up);
-                let event = if !connected || (!self.calm && self.rng.chance(60)) {
+                let session = self.index_of(&to).and_then(|s| self.nodes[n].session(s));
+                let connected = session.is_some_and(|session| self.sessions[session as usize].up);
+                let event = if !connected || (rough && self.rng.chance(60)) {
                     Event::PushFailed {
                         key,
                         why: "the connection broke".into(),
@@ -451,7 +425,7 @@ impl World {
                 self.after(
                     span,
                     Due::Local {
-                        n,
+                        n: n as u32,
                         epoch,
                         event: Box::new(event),
                     },
@@ -462,28 +436,23 @@ impl World {
     }
 
     fn offer_leaves(&mut self, n: usize, offer: Verified<karez_core::records::Offer>) {
-        let cut = self.nodes[n].cut_until > self.now;
-        if !self.calm && (self.rng.chance(50) || (cut && self.rng.chance(700))) {
-            return;
-        }
-        let copies = if !self.calm && self.rng.chance(50) { 2 } else { 1 };
-        let from = self.nodes[n]
-            .agent
-            .as_ref()
-            .map(|a| PublicKey::of(&a.config().secret));
-        let Some(from) = from else { return };
-        for _ in 0..copies {
-            let mut span = self.rng.between(2, 400);
-            if !self.calm && self.rng.chance(30) {
-                span += self.rng.between(1_000, 20_000);
+        let schedulers = self.nodes[n].links.len();
+        for link in 0..schedulers {
+            let s = usize::from(self.nodes[n].links[link].0);
+            let rough = self.setup.faults_per_minute > 0 && !self.calm;
+            if !self.path_open(n, s) || (rough && self.rng.chance(50)) {
+                continue;
             }
-            self.after(
-                span,
-                Due::Offer {
-                    from,
-                    offer: Box::new(offer.clone()),
-                },
-            );
+            let copies = if rough && self.rng.chance(50) { 2 } else { 1 };
+            for _ in 0..copies {
+                let mut span = self.latency(n, s) + self.rng.below(100);
+                if rough && self.rng.chance(30) {
+                    span += self.rng.between(1_000, 20_000);
+                }
+                self.summary.messages += 1;
+                let offer = Box::new(offer.clone());
+                self.after(span, Due::Offer { s: s as u32, offer });
+            }
         }
     }
 
@@ -494,18 +463,19 @@ impl World {
 
     // Workers.
 
-    fn worker_starts(&mut self, n: usize, key: LeaseKey, order: &Order, items: u64) {
-        let disk = std::mem::take(&mut self.nodes[n].disk);
-        self.checker.started(n, key, self.now, &disk);
-        self.nodes[n].disk = disk;
+    fn worker_starts(&mut self, n: usize, key: LeaseKey, order: &Order, items: u64, devices: u32) {
+        self.checker.started(n, key, self.now, &self.nodes[n].disk);
+        self.recorder
+            .starts(n, key, devices, self.now, self.checker.node(n));
         let (span, tokens) = self.work_takes(n, order, items);
         let span = (span * self.nodes[n].slow + self.rng.between(5, 200)).max(1);
+        let rough = self.setup.faults_per_minute > 0 && !self.calm;
         let exit = match self.rng.below(1_000) {
-            0..=29 if !self.calm => Exit::Failed {
+            0..=29 if rough => Exit::Failed {
                 why: "the device fell off the bus".into(),
                 retryable: true,
             },
-            30..=33 if !self.calm => Exit::Failed {
+            30..=33 if rough => Exit::Failed {
                 why: "line 3 is not JSON".into(),
                 retryable: false,
             },
@@ -528,6 +498,7 @@ impl World {
             ends: self.now + span,
             exit,
             totals,
+            devices,
         };
         for third in 1..3 {
             let event = Event::Progress {
@@ -537,7 +508,7 @@ impl World {
             self.after(
                 span * third / 3,
                 Due::Local {
-                    n,
+                    n: n as u32,
                     epoch,
                     event: Box::new(event),
                 },
@@ -547,9 +518,9 @@ impl World {
         self.after(
             span,
             Due::WorkerEnds {
-                n,
+                n: n as u32,
                 epoch,
-                key,
+                key: Box::new(key),
                 stopped: false,
             },
         );
@@ -585,6 +556,9 @@ impl World {
         let Some(worker) = self.nodes[n].workers.remove(&key) else {
             return;
         };
+        self.recorder.ends(n, worker.devices, self.checker.node(n));
+        self.recorder
+            .used((self.now - worker.began) * u64::from(worker.devices));
         let exit = if finished { worker.exit } else { Exit::Stopped };
         let meters = if finished {
             worker.totals
@@ -602,10 +576,8 @@ impl World {
         let Some(lie) = self.nodes[n].lie else {
             return vec![message];
         };
-        let node = &mut self.nodes[n];
-        let others: Option<FinishedLease> = None;
-        let mut told = std::mem::take(&mut node.told);
-        let secret = node.config.secret.clone();
+        let secret = self.nodes[n].config().secret.clone();
+        let mut told = std::mem::take(&mut self.nodes[n].told);
         if let ToScheduler::Finished(finished) = &message
             && told.len() < 16
         {
@@ -615,7 +587,7 @@ impl World {
             let from = self.rng.below(self.nodes.len() as u64) as usize;
             self.nodes[from].told.first().cloned()
         } else {
-            others
+            None
         };
         let out = lie.tell(&mut self.rng, &secret, message, &told, stolen);
         self.nodes[n].told = told;

@@ -2,97 +2,60 @@
 //!
 //! Nothing here calls the code under test to decide: leases are read from the nodes' disks, money from the
 //! postings, and whether a node may run a job is worked out anew from the user's order and the true machine.
-//! The first broken rule is kept; the world stops there.
+//! The first broken rule is kept; the world stops there. How often each rule was judged is counted, so that a
+//! report can tell a rule that held from one that was never tried.
+mod money;
+mod truth;
+
+pub use truth::{TrueDevice, TrueNode};
+
 use crate::disk::Disk;
 use karez_core::{
     exchange::{ToNode, ToScheduler},
-    id::{Country, Digest, Fence, Institution, JobId, LeaseKey, PartIndex},
+    id::{Digest, Fence, Institution, JobId, LeaseKey, PartIndex},
     key::{NodeId, SchedulerId},
-    money::{Account, Accounts, Posting, PostingKind},
-    records::{Flag, Lease, Order, Outcome, Receipt, Signed, Usage, Verified, WorkKind},
+    money::Accounts,
+    records::{Lease, Order, Signed, Verified},
     store::Change,
-    unit::{Bytes, Credits, DeviceMillis, Rate, UtcMillis},
+    unit::{DeviceMillis, Rate},
 };
-use karez_ledger::{Book, Entry};
+use karez_ledger::Book;
+use money::Side;
+use serde::Deserialize;
 use serde_json::Value;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
-/// One class of devices of a machine, as it truly is.
-#[derive(Debug, Clone)]
-pub struct TrueDevice {
-    /// Its class.
-    pub class: String,
-    /// How many there are.
-    pub count: u32,
-    /// Memory of one.
-    pub memory: Bytes,
-    /// What the owner asks now.
-    pub rate: Rate,
+/// What is judged.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Rule {
+    /// No lease is granted twice, no device promised twice.
+    LeasedOnce,
+    /// No acknowledged job is lost.
+    JobKept,
+    /// No part is billed twice, none that did not run, none for more than it ran.
+    BilledOnce,
+    /// Money is neither made nor lost, and no account is overdrawn.
+    Conserved,
+    /// Guests are gone when the owner's grace is over, and none starts while the owner works.
+    OwnerFirst,
+    /// Nothing runs where its researcher or the machine's owner forbids it.
+    Residency,
+    /// After the storm every job comes to an end.
+    Liveness,
 }
 
-/// A machine as it truly is.
-#[derive(Debug, Clone)]
-pub struct TrueNode {
-    /// Its key.
-    pub id: NodeId,
-    /// Whose it is.
-    pub institution: Institution,
-    /// Where it stands.
-    pub country: Country,
-    /// What it has.
-    pub devices: Vec<TrueDevice>,
-    /// What it can do, with units per second in thousandths.
-    pub speeds: BTreeMap<WorkKind, u64>,
-    /// Whose users its owner refuses.
-    pub refuses: Vec<Institution>,
-    /// Its messages are its agent's own.
-    pub honest: bool,
-}
-
-impl TrueNode {
-    fn device(&self, class: &str) -> Option<&TrueDevice> {
-        self.devices.iter().find(|d| d.class == class)
-    }
-
-    /// May `order` run on `device` of this machine, by the user's own words?
-    fn allowed(&self, order: &Order, device: &TrueDevice) -> Result<(), String> {
-        let c = &order.constraints;
-        if !c.countries.is_empty() && !c.countries.contains(&self.country) {
-            return Err(format!("{} is none of its countries", self.country));
+impl Rule {
+    /// As a sentence for people.
+    pub fn sentence(self) -> &'static str {
+        match self {
+            Self::LeasedOnce => "no lease granted twice, no device promised twice",
+            Self::JobKept => "no acknowledged job lost",
+            Self::BilledOnce => "no part billed twice, or without having run",
+            Self::Conserved => "money conserved, no account overdrawn",
+            Self::OwnerFirst => "guests gone when the owner's grace is over",
+            Self::Residency => "nothing ran where it may not",
+            Self::Liveness => "every job came to an end",
         }
-        if c.countries_excluded.contains(&self.country) {
-            return Err(format!("{} is excluded", self.country));
-        }
-        if !c.institutions.is_empty() && !c.institutions.contains(&self.institution) {
-            return Err(format!("{} is none of its institutions", self.institution));
-        }
-        if c.institutions_excluded.contains(&self.institution) {
-            return Err(format!("{} is excluded", self.institution));
-        }
-        if self.refuses.contains(&order.institution) {
-            return Err(format!("the owner refuses users of {}", order.institution));
-        }
-        if !self.speeds.contains_key(&order.work.kind()) {
-            return Err("it has no such engine".into());
-        }
-        if !device.class.starts_with(&c.device) {
-            return Err(format!("{} is not {}", device.class, c.device));
-        }
-        if device.memory < c.memory {
-            return Err("it has too little memory".into());
-        }
-        if c.donated_only && device.rate > Rate::FREE {
-            return Err("it is not donated".into());
-        }
-        if c.rate_max.is_some_and(|max| device.rate > max) {
-            return Err("it is dearer than the order allows".into());
-        }
-        Ok(())
-    }
-
-    /// Could some device of this machine ever run `order`, money aside?
-    pub fn could_run(&self, order: &Order) -> bool {
-        self.devices.iter().any(|d| self.allowed(order, d).is_ok())
     }
 }
 
@@ -106,7 +69,6 @@ struct Seen {
 
 /// A worker that really ran.
 struct Execution {
-    node: usize,
     began: u64,
     ended: Option<(u64, bool)>,
 }
@@ -117,14 +79,18 @@ struct Settlement {
     done: Option<Fence>,
 }
 
+/// The row of a part, as far as the judge reads it.
+#[derive(Deserialize)]
+struct PartRow {
+    state: String,
+}
+
 /// The judge.
 pub struct Checker {
-    scheduler: SchedulerId,
     nodes: Vec<TrueNode>,
-    book: Book,
-    entries: Vec<Entry>,
-    /// Kept beside the book, by the plain sum of the legs.
-    accounts: Accounts,
+    by_id: HashMap<NodeId, usize>,
+    sides: Vec<Side>,
+    keep_books: bool,
     orders: BTreeMap<JobId, Verified<Order>>,
     /// Jobs the scheduler acknowledged.
     accepted: BTreeSet<JobId>,
@@ -141,19 +107,37 @@ pub struct Checker {
     billed: BTreeMap<JobId, u64>,
     receipts: BTreeSet<Digest>,
     results: BTreeSet<Digest>,
+    /// Devices promised now, of each machine by class.
+    held: Vec<Vec<(String, u32)>>,
+    /// Devices on which workers run now, of each machine by class.
+    running: Vec<Vec<(String, u32)>>,
+    /// Since when the owner wants the machine.
+    wanted: Vec<Option<u64>>,
+    /// The longest a guest stayed after its owner's word, in milliseconds.
+    pub(crate) leaving_ms_max: u64,
+    /// Jobs that were done since somebody took them from here.
+    pub(crate) newly_done: Vec<JobId>,
+    /// Parts that wait in a queue now.
+    queued: BTreeSet<(JobId, PartIndex)>,
+    open: BTreeSet<JobId>,
+    earned: BTreeMap<Institution, u64>,
+    device_ms_billed: u64,
+    counts: BTreeMap<Rule, u64>,
     broken: Option<String>,
     settlements: u64,
 }
 
 impl Checker {
     /// Knows the machines as they truly are.
-    pub fn new(scheduler: SchedulerId, nodes: Vec<TrueNode>) -> Self {
+    pub fn new(schedulers: Vec<SchedulerId>, nodes: Vec<TrueNode>, keep_books: bool) -> Self {
         Self {
-            scheduler,
+            by_id: nodes.iter().enumerate().map(|(n, node)| (node.id, n)).collect(),
+            held: vec![Vec::new(); nodes.len()],
+            running: vec![Vec::new(); nodes.len()],
+            wanted: vec![None; nodes.len()],
             nodes,
-            book: Book::new(scheduler),
-            entries: Vec::new(),
-            accounts: Accounts::default(),
+            sides: schedulers.into_iter().map(Side::new).collect(),
+            keep_books,
             orders: BTreeMap::new(),
             accepted: BTreeSet::new(),
             ended: BTreeMap::new(),
@@ -168,9 +152,30 @@ impl Checker {
             billed: BTreeMap::new(),
             receipts: BTreeSet::new(),
             results: BTreeSet::new(),
+            leaving_ms_max: 0,
+            newly_done: Vec::new(),
+            queued: BTreeSet::new(),
+            open: BTreeSet::new(),
+            earned: BTreeMap::new(),
+            device_ms_billed: 0,
+            counts: BTreeMap::new(),
             broken: None,
             settlements: 0,
         }
+    }
+
+    fn judged(&mut self, rule: Rule) {
+        *self.counts.entry(rule).or_default() += 1;
+    }
+
+    /// How often each rule was judged.
+    pub fn counts(&self) -> &BTreeMap<Rule, u64> {
+        &self.counts
+    }
+
+    /// Which machine that is.
+    pub fn index_of(&self, node: &NodeId) -> Option<usize> {
+        self.by_id.get(node).copied()
     }
 
     /// The first broken rule.
@@ -183,9 +188,35 @@ impl Checker {
         self.broken.get_or_insert(rule);
     }
 
-    /// The book as a daemon would keep it.
-    pub fn book(&self) -> &Book {
-        &self.book
+    /// The book of a scheduler as its daemon would keep it.
+    pub fn book(&self, s: usize) -> &Book {
+        &self.sides[s].book
+    }
+
+    /// Which scheduler an order was given to; none when to a stranger.
+    pub fn scheduler_of(&self, job: &JobId) -> Option<usize> {
+        let order = self.orders.get(job)?;
+        self.sides.iter().position(|side| side.id == order.scheduler)
+    }
+
+    /// An order as its user signed it.
+    pub fn order(&self, job: &JobId) -> Option<&Verified<Order>> {
+        self.orders.get(job)
+    }
+
+    /// Parts that wait in a queue now.
+    pub fn queued(&self) -> usize {
+        self.queued.len()
+    }
+
+    /// What each institution earned, in micro-credits.
+    pub fn earned(&self) -> &BTreeMap<Institution, u64> {
+        &self.earned
+    }
+
+    /// Device time that was billed.
+    pub fn billed_time(&self) -> DeviceMillis {
+        DeviceMillis(self.device_ms_billed)
     }
 
     /// The machines as they truly are.
@@ -216,8 +247,14 @@ impl Checker {
     }
 
     /// The scheduler acknowledged a job: it must be on its disk by now, unless it ended and made room.
-    pub fn accepted(&mut self, job: JobId, disk: &Disk) {
-        self.accepted.insert(job);
+    pub fn accepted(&mut self, s: usize, job: JobId, disk: &Disk) {
+        self.judged(Rule::JobKept);
+        if self.scheduler_of(&job) != Some(s) {
+            self.fail(format!("{job:?} was taken by a scheduler it was not given to"));
+        }
+        if self.accepted.insert(job) && !self.ended.contains_key(&job) {
+            self.open.insert(job);
+        }
         if disk.get("jobs", &job.0.0).is_none() && !self.ended.contains_key(&job) {
             self.fail(format!("{job:?} was acknowledged but is not on disk"));
         }
@@ -228,7 +265,10 @@ impl Checker {
         if self.accepted.contains(&job) {
             return;
         }
-        let parts = disk.rows("parts").any(|(key, _)| key.starts_with(&job.0.0));
+        let parts = disk
+            .rows_from("parts", &job.0.0)
+            .next()
+            .is_some_and(|(key, _)| key.starts_with(&job.0.0));
         if disk.get("jobs", &job.0.0).is_some() || parts || self.reserved.contains_key(&job) {
             self.fail(format!("{job:?} was refused but left a trace"));
         }
@@ -242,10 +282,16 @@ impl Checker {
     // What leaves the scheduler.
 
     /// A message leaves the scheduler.
-    pub fn to_node(&mut self, node: NodeId, message: &ToNode) {
+    pub fn to_node(&mut self, s: usize, node: NodeId, message: &ToNode) {
         match message {
             ToNode::Ask(ask) => {
                 let key = ask.key;
+                self.judged(Rule::LeasedOnce);
+                if self.orders.contains_key(&key.job) && self.scheduler_of(&key.job) != Some(s) {
+                    self.fail(format!(
+                        "{key} was asked for by a scheduler its order was not given to"
+                    ));
+                }
                 match self.asked.get(&key) {
                     Some((other, _)) if *other != node => {
                         self.fail(format!("{key} was asked of two nodes"));
@@ -319,7 +365,6 @@ impl Checker {
                 _ => {}
             }
         }
-        self.capacity(n);
     }
 
     fn lease_row(&mut self, n: usize, row: &[u8], value: &[u8]) {
@@ -339,7 +384,14 @@ impl Checker {
                 self.fail(format!("{key} was granted by node {other} and by node {n}"));
             }
             Some(seen) if live && !seen.live => self.fail(format!("{key} lives again after it ended")),
-            Some(seen) => seen.live = live,
+            Some(seen) => {
+                let over = seen.live && !live;
+                seen.live = live;
+                if over {
+                    let (class, devices) = (seen.class.clone(), seen.devices);
+                    count(&mut self.held[n], &class, -i64::from(devices));
+                }
+            }
             None => self.granted(n, key, &value, live),
         }
     }
@@ -354,6 +406,16 @@ impl Checker {
         };
         if let Err(rule) = self.lease_allowed(n, &key, &lease) {
             self.fail(format!("{key} on node {n}: {rule}"));
+        }
+        self.judged(Rule::LeasedOnce);
+        self.judged(Rule::Residency);
+        if live {
+            let held = count(&mut self.held[n], &lease.device_class, lease.devices.into());
+            let has = self.nodes[n].device(&lease.device_class).map_or(0, |d| d.count);
+            if held > has {
+                let class = &lease.device_class;
+                self.fail(format!("node {n} has {has} {class} and promised {held}"));
+            }
         }
         self.leases.insert(
             key,
@@ -375,7 +437,8 @@ impl Checker {
 
     fn lease_allowed(&self, n: usize, key: &LeaseKey, lease: &Lease) -> Result<(), String> {
         let node = &self.nodes[n];
-        if lease.key() != *key || lease.node != node.id || lease.scheduler != self.scheduler {
+        let named = self.scheduler_of(&key.job).map(|s| self.sides[s].id);
+        if lease.key() != *key || lease.node != node.id || Some(lease.scheduler) != named {
             return Err("the lease names somebody else".into());
         }
         let (asked, rate) = self.asked.get(key).ok_or("nobody asked for it")?;
@@ -410,26 +473,17 @@ impl Checker {
         Ok(())
     }
 
-    /// No device is promised twice.
-    fn capacity(&mut self, n: usize) {
-        let mut held: BTreeMap<&str, u32> = BTreeMap::new();
-        for seen in self.leases.values().filter(|seen| seen.node == n && seen.live) {
-            *held.entry(&seen.class).or_default() += seen.devices;
-        }
-        let over = held.iter().find_map(|(class, held)| {
-            let has = self.nodes[n].device(class).map_or(0, |d| d.count);
-            (*held > has).then(|| format!("node {n} has {has} {class} and promised {held}"))
-        });
-        if let Some(rule) = over {
-            self.fail(rule);
-        }
-    }
-
     /// The scheduler's changes are on its disk.
-    pub fn scheduler_disk(&mut self, changes: &[Change]) {
+    pub fn scheduler_disk(&mut self, s: usize, changes: &[Change]) {
         for change in changes {
             match change {
-                Change::Post { posting, at } => self.posted(*at, posting),
+                Change::Post { posting, at } => self.posted(s, *at, posting),
+                Change::Put {
+                    table: "parts",
+                    key,
+                    value,
+                } => self.part_row(key, Some(value)),
+                Change::Delete { table: "parts", key } => self.part_row(key, None),
                 Change::Put {
                     table: "jobs",
                     key,
@@ -444,6 +498,25 @@ impl Checker {
                     }
                 }
                 _ => {}
+            }
+        }
+    }
+
+    fn part_row(&mut self, key: &[u8], value: Option<&[u8]>) {
+        let named = key.split_at_checked(32).and_then(|(job, part)| {
+            let part = PartIndex::from_be_bytes(part.try_into().ok()?);
+            Some((JobId(Digest::try_from(job).ok()?), part))
+        });
+        let Some(named) = named else {
+            return self.fail("a part row has a bad key".into());
+        };
+        match value.map(serde_json::from_slice::<PartRow>) {
+            Some(Ok(row)) if row.state == "queued" => {
+                self.queued.insert(named);
+            }
+            Some(Err(error)) => self.fail(format!("a part row cannot be read: {error}")),
+            _ => {
+                self.queued.remove(&named);
             }
         }
     }
@@ -464,157 +537,12 @@ impl Checker {
                 self.fail(format!("{job:?} had ended {before} and is now {state}"));
             }
         } else if matches!(state.as_str(), "done" | "failed" | "cancelled") {
+            self.open.remove(&job);
+            if state == "done" {
+                self.newly_done.push(job);
+            }
             self.ended.insert(job, state);
         }
-    }
-
-    fn posted(&mut self, at: UtcMillis, posting: &Posting) {
-        match self.book.append(at, posting.clone()) {
-            Ok(entry) => self.entries.push(entry),
-            Err(error) => self.fail(format!("the book refuses a {:?}: {error}", posting.kind)),
-        }
-        if let Err(error) = self.accounts.apply(posting) {
-            self.fail(format!("the accounts refuse a {:?}: {error}", posting.kind));
-        }
-        let sum: i128 = posting.legs.iter().map(|(_, leg)| i128::from(*leg)).sum();
-        if sum != 0 || self.accounts.sum() != 0 {
-            self.fail(format!("a {:?} makes or loses money", posting.kind));
-        }
-        let under = self
-            .accounts
-            .iter()
-            .find(|(account, balance)| *balance < 0 && **account != Account::Federation)
-            .map(|(account, balance)| format!("{account} stands at {balance}"));
-        if let Some(rule) = under {
-            self.fail(rule);
-        }
-        match posting.kind {
-            PostingKind::Grant => {}
-            PostingKind::Reserve => {
-                for (account, leg) in &posting.legs {
-                    if let Account::Escrow(job) = account {
-                        let amount = u64::try_from(*leg).unwrap_or(0);
-                        if self.reserved.insert(*job, amount).is_some() {
-                            self.fail(format!("{job:?} reserved twice"));
-                        }
-                    }
-                }
-            }
-            PostingKind::Settle => self.settle(posting),
-            PostingKind::Release => {
-                for (account, _) in &posting.legs {
-                    if matches!(account, Account::Escrow(_)) && self.accounts.balance(account) != 0 {
-                        self.fail(format!("{account} was released but not emptied"));
-                    }
-                }
-            }
-        }
-    }
-
-    fn settle(&mut self, posting: &Posting) {
-        self.settlements += 1;
-        let [_, lease, _, .., usage, receipt] = posting.evidence.as_slice() else {
-            return self.fail("a settlement lacks its papers".into());
-        };
-        let papers = (
-            Signed::<Lease>::open(lease),
-            Signed::<Usage>::open(usage),
-            Signed::<Receipt>::open(receipt),
-        );
-        let (Ok(lease), Ok(usage), Ok(receipt)) = papers else {
-            return self.fail("a settlement's papers cannot be read".into());
-        };
-        let key = lease.key();
-        let done = usage.outcome == Outcome::Done && !receipt.flags.contains(&Flag::NotDone);
-        self.receipts.insert(receipt.id());
-        let entry = self.settled.entry((key.job, key.part)).or_default();
-        if key.fence <= entry.last {
-            let last = entry.last;
-            self.fail(format!("{key} was settled after fence {last}"));
-        } else if let Some(before) = entry.done {
-            self.fail(format!("{key} was settled after {before} was done"));
-        } else {
-            entry.last = key.fence;
-            if done {
-                entry.done = Some(key.fence);
-            }
-        }
-        let billed = self.billed.entry(key.job).or_default();
-        *billed += receipt.credits.0;
-        let (billed, reserved) = (*billed, self.reserved.get(&key.job).copied().unwrap_or(0));
-        if billed > reserved {
-            self.fail(format!(
-                "{:?} was billed {billed} of {reserved} reserved",
-                key.job
-            ));
-        }
-        if !done && receipt.credits > Credits::ZERO {
-            self.fail(format!("{key} was billed though it did not finish"));
-        }
-        if let Err(rule) = self.settle_true(&key, &lease, &usage, &receipt, done) {
-            self.fail(format!("{key}: {rule}"));
-        }
-        let moved = posting.legs.iter().map(|(_, leg)| leg.unsigned_abs()).max();
-        if moved != Some(receipt.credits.0) {
-            self.fail(format!("{key}: the posting moves other than the receipt says"));
-        }
-    }
-
-    /// What was settled is what was asked for and, on an honest machine, what really happened.
-    fn settle_true(
-        &self,
-        key: &LeaseKey,
-        lease: &Lease,
-        usage: &Usage,
-        receipt: &Receipt,
-        done: bool,
-    ) -> Result<(), String> {
-        let (asked, rate) = self.asked.get(key).ok_or("settled, but nobody asked for it")?;
-        if *asked != lease.node || lease.rate > *rate {
-            return Err("settled for another node or price than was asked".into());
-        }
-        let n = self
-            .nodes
-            .iter()
-            .position(|node| node.id == lease.node)
-            .ok_or("settled for a node nobody knows")?;
-        let node = &self.nodes[n];
-        if lease.institution != node.institution || receipt.node_institution != node.institution {
-            return Err("another institution was paid".into());
-        }
-        let bill = lease.rate.bill(receipt.billed).unwrap_or(Credits(u64::MAX));
-        if receipt.credits > bill || receipt.billed > lease.device_ms_max {
-            return Err("the receipt bills more than time and lease allow".into());
-        }
-        if done && usage.result.is_none() {
-            return Err("done without a result".into());
-        }
-        if !node.honest {
-            return Ok(());
-        }
-        if self.leases.get(key).is_none_or(|seen| seen.node != n) {
-            return Err("settled, but its node never granted it".into());
-        }
-        if done {
-            let run = self
-                .executions
-                .get(&(n, *key))
-                .and_then(|e| e.ended.map(|end| (e.began, end)));
-            let Some((began, (ended, true))) = run else {
-                return Err("settled as done, but no worker finished it".into());
-            };
-            let ran = (ended - began) * u64::from(lease.devices);
-            if receipt.billed > DeviceMillis(ran) {
-                return Err(format!("billed {} ms, ran {ran} ms", receipt.billed.0));
-            }
-            if usage
-                .result
-                .is_some_and(|result| !self.results.contains(&result.digest))
-            {
-                return Err("settled as done, but its result never reached the scheduler".into());
-            }
-        }
-        Ok(())
     }
 
     // What really ran.
@@ -626,44 +554,72 @@ impl Checker {
             self.fail(format!("a worker of {key} started before the intent was stored"));
         }
         let run = Execution {
-            node: n,
             began: now,
             ended: None,
         };
         if self.executions.insert((n, key), run).is_some() {
             self.fail(format!("{key} was started twice on node {n}"));
         }
-        let mut running: BTreeMap<&str, u32> = BTreeMap::new();
-        for ((_, key), run) in &self.executions {
-            if run.node == n
-                && run.ended.is_none()
-                && let Some(seen) = self.leases.get(key)
-            {
-                *running.entry(&seen.class).or_default() += seen.devices;
-            }
+        self.judged(Rule::OwnerFirst);
+        if self.wanted[n].is_some() {
+            self.fail(format!(
+                "{key} was started on node {n} though its owner wants the machine"
+            ));
         }
-        let over = running.iter().find_map(|(class, count)| {
-            let has = self.nodes[n].device(class).map_or(0, |d| d.count);
-            (*count > has).then(|| format!("node {n} has {has} {class} and runs {count}"))
-        });
-        if let Some(rule) = over {
-            self.fail(rule);
+        if let Some(seen) = self.leases.get(&key) {
+            let (class, devices) = (seen.class.clone(), seen.devices);
+            let running = count(&mut self.running[n], &class, devices.into());
+            let has = self.nodes[n].device(&class).map_or(0, |d| d.count);
+            if running > has {
+                self.fail(format!("node {n} has {has} {class} and runs {running}"));
+            }
         }
     }
 
     /// A worker is gone.
     pub fn exited(&mut self, n: usize, key: LeaseKey, now: u64, done: bool) {
-        if let Some(run) = self.executions.get_mut(&(n, key)) {
-            run.ended = Some((now, done));
+        let Some(run) = self.executions.get_mut(&(n, key)) else {
+            return;
+        };
+        run.ended = Some((now, done));
+        if let Some(seen) = self.leases.get(&key) {
+            let (class, devices) = (seen.class.clone(), seen.devices);
+            count(&mut self.running[n], &class, -i64::from(devices));
+        }
+        if let Some(since) = self.wanted[n] {
+            self.leaving_ms_max = self.leaving_ms_max.max(now - since);
         }
     }
 
-    /// A machine went down, and all its workers with it.
-    pub fn died(&mut self, n: usize, now: u64) {
-        for run in self.executions.values_mut() {
-            if run.node == n && run.ended.is_none() {
+    /// A machine went down, and these workers with it.
+    pub fn died<'a>(&mut self, n: usize, now: u64, workers: impl Iterator<Item = &'a LeaseKey>) {
+        for key in workers {
+            if let Some(run) = self.executions.get_mut(&(n, *key)) {
                 run.ended = Some((now, false));
             }
+        }
+        self.running[n].clear();
+    }
+
+    // The owner.
+
+    /// The owner wants the machine from now on, or lends it again. Nobody else tells the judge.
+    pub fn owner_wants(&mut self, n: usize, since: Option<u64>) {
+        self.wanted[n] = since;
+    }
+
+    /// The grace is over: the owner sits down at the machine.
+    pub fn owner_sits_down(&mut self, n: usize, since: u64, now: u64) {
+        if self.wanted[n] != Some(since) {
+            return;
+        }
+        self.judged(Rule::OwnerFirst);
+        let guests: u32 = self.running[n].iter().map(|(_, devices)| devices).sum();
+        if guests > 0 {
+            let waited = now - since;
+            self.fail(format!(
+                "node {n}: its owner waits since {waited} ms, guests still hold {guests} devices"
+            ));
         }
     }
 
@@ -674,13 +630,14 @@ impl Checker {
 
     // The end.
 
-    /// Jobs acknowledged that have not ended, by the scheduler's disk.
-    pub fn open(&self) -> Vec<JobId> {
-        self.accepted
-            .iter()
-            .filter(|job| !self.ended.contains_key(job))
-            .copied()
-            .collect()
+    /// Jobs acknowledged that have not ended, by the schedulers' disks.
+    pub fn open(&self) -> &BTreeSet<JobId> {
+        &self.open
+    }
+
+    /// Whether that job has ended.
+    pub fn has_ended(&self, job: &JobId) -> bool {
+        self.ended.contains_key(job)
     }
 
     /// How many jobs ended in that state.
@@ -688,54 +645,20 @@ impl Checker {
         self.ended.values().filter(|s| *s == state).count() as u64
     }
 
-    /// Reads the whole book anew, from its first entry: with every signature, or trusting those.
-    pub fn audit(&mut self, signatures: bool) {
-        let mut book = Book::new(self.scheduler);
-        for entry in &self.entries {
-            let read = match Entry::decode(&entry.encode()) {
-                Ok(read) if signatures => book.replay(&read),
-                Ok(read) => book.recall(&read),
-                Err(error) => {
-                    self.broken.get_or_insert(format!("entry {}: {error}", entry.seq));
-                    return;
-                }
-            };
-            if let Err(error) = read {
-                self.broken.get_or_insert(format!(
-                    "the book read anew breaks at entry {}: {error}",
-                    entry.seq
-                ));
-                return;
-            }
-        }
-        if book.head() != self.book.head() || book.accounts() != self.book.accounts() {
-            self.fail("the book read anew is another book".into());
-        }
-    }
-
     /// After the calm: every job is told to its end, and the money is where it belongs.
-    pub fn finish(&mut self, disk: &Disk, believed: &Accounts) {
-        for job in self.open() {
+    pub fn finish(&mut self, s: usize, disk: &Disk, believed: &Accounts) {
+        for job in self.open.clone() {
             self.fail(format!("{job:?} never ended"));
         }
-        if *believed != self.accounts || *self.book.accounts() != self.accounts {
-            self.fail("the scheduler's accounts are not those of its postings".into());
-        }
-        let left = self
-            .accounts
-            .iter()
-            .find(|(account, _)| matches!(account, Account::Escrow(job) if self.ended.contains_key(job)))
-            .map(|(account, balance)| format!("{account} still holds {balance} though its job has ended"));
-        if let Some(rule) = left {
-            self.fail(rule);
-        }
+        self.money_at_rest(s, believed);
         let jobs: Vec<JobId> = self
             .ended
             .keys()
-            .filter(|job| !self.dropped.contains(job))
+            .filter(|job| !self.dropped.contains(job) && self.scheduler_of(job) == Some(s))
             .copied()
             .collect();
         for job in jobs {
+            self.judged(Rule::Liveness);
             if let Err(rule) = self.job_told(&job, disk) {
                 self.fail(format!("{job:?}: {rule}"));
             }
@@ -762,8 +685,8 @@ impl Checker {
         let mut next = 0;
         let mut credits = 0;
         for (index, (_, value)) in disk
-            .rows("parts")
-            .filter(|(key, _)| key.starts_with(&job.0.0))
+            .rows_from("parts", &job.0.0)
+            .take_while(|(key, _)| key.starts_with(&job.0.0))
             .enumerate()
         {
             let part: Value = serde_json::from_slice(value).map_err(|e| e.to_string())?;
@@ -798,6 +721,20 @@ impl Checker {
         }
         Ok(())
     }
+}
+
+/// Adds to the count of a class; gives the new one.
+fn count(counts: &mut Vec<(String, u32)>, class: &str, by: i64) -> u32 {
+    let at = counts
+        .iter()
+        .position(|(known, _)| known == class)
+        .unwrap_or_else(|| {
+            counts.push((class.to_owned(), 0));
+            counts.len() - 1
+        });
+    let new = i64::from(counts[at].1).saturating_add(by).max(0);
+    counts[at].1 = u32::try_from(new).unwrap_or(u32::MAX);
+    counts[at].1
 }
 
 /// Reads the key of a row in a node's table of leases.

@@ -1,0 +1,87 @@
+//! Machines as they truly are, whatever they say of themselves.
+use karez_core::{
+    id::{Country, Institution},
+    key::NodeId,
+    records::{Order, WorkKind},
+    unit::{Bytes, Rate},
+};
+use std::collections::BTreeMap;
+
+/// One class of devices of a machine, as it truly is.
+#[derive(Debug, Clone)]
+pub struct TrueDevice {
+    /// Its class.
+    pub class: String,
+    /// How many there are.
+    pub count: u32,
+    /// Memory of one.
+    pub memory: Bytes,
+    /// What the owner asks now.
+    pub rate: Rate,
+}
+
+/// A machine as it truly is.
+#[derive(Debug, Clone)]
+pub struct TrueNode {
+    /// Its key.
+    pub id: NodeId,
+    /// Whose it is.
+    pub institution: Institution,
+    /// Where it stands.
+    pub country: Country,
+    /// What it has.
+    pub devices: Vec<TrueDevice>,
+    /// What it can do, with units per second in thousandths.
+    pub speeds: BTreeMap<WorkKind, u64>,
+    /// Whose users its owner refuses.
+    pub refuses: Vec<Institution>,
+    /// Its messages are its agent's own.
+    pub honest: bool,
+}
+
+impl TrueNode {
+    pub(super) fn device(&self, class: &str) -> Option<&TrueDevice> {
+        self.devices.iter().find(|d| d.class == class)
+    }
+
+    /// May `order` run on `device` of this machine, by the user's own words?
+    pub(super) fn allowed(&self, order: &Order, device: &TrueDevice) -> Result<(), String> {
+        let c = &order.constraints;
+        if !c.countries.is_empty() && !c.countries.contains(&self.country) {
+            return Err(format!("{} is none of its countries", self.country));
+        }
+        if c.countries_excluded.contains(&self.country) {
+            return Err(format!("{} is excluded", self.country));
+        }
+        if !c.institutions.is_empty() && !c.institutions.contains(&self.institution) {
+            return Err(format!("{} is none of its institutions", self.institution));
+        }
+        if c.institutions_excluded.contains(&self.institution) {
+            return Err(format!("{} is excluded", self.institution));
+        }
+        if self.refuses.contains(&order.institution) {
+            return Err(format!("the owner refuses users of {}", order.institution));
+        }
+        if !self.speeds.contains_key(&order.work.kind()) {
+            return Err("it has no such engine".into());
+        }
+        if !device.class.starts_with(&c.device) {
+            return Err(format!("{} is not {}", device.class, c.device));
+        }
+        if device.memory < c.memory {
+            return Err("it has too little memory".into());
+        }
+        if c.donated_only && device.rate > Rate::FREE {
+            return Err("it is not donated".into());
+        }
+        if c.rate_max.is_some_and(|max| device.rate > max) {
+            return Err("it is dearer than the order allows".into());
+        }
+        Ok(())
+    }
+
+    /// Could some device of this machine ever run `order`, money aside?
+    pub fn could_run(&self, order: &Order) -> bool {
+        self.devices.iter().any(|d| self.allowed(order, d).is_ok())
+    }
+}
