@@ -73,7 +73,7 @@ struct State {
     loading: Option<oneshot::Sender<Result<ModelFacts, EngineError>>>,
     /// What was asked to be loaded.
     model: Option<PathBuf>,
-    runs: HashMap<RunId, mpsc::UnboundedSender<Event>>,
+    runs: HashMap<RunId, Arc<Mailbox>>,
     /// Why nothing more can be asked of it.
     ended: Option<EngineError>,
     words: VecDeque<String>,
@@ -111,12 +111,52 @@ pub enum Event {
     },
 }
 
+/// What has happened to a run and was not read yet. Pieces that nobody reads grow together, so a slow reader costs the
+/// length of its answer and keeps nobody else waiting.
+#[derive(Debug, Default)]
+struct Mailbox {
+    unread: Mutex<(Option<Piece>, Option<Event>)>,
+    arrived: tokio::sync::Notify,
+}
+
+impl Mailbox {
+    fn put(&self, event: Event) {
+        {
+            let mut unread = self.unread.lock().unwrap_or_else(PoisonError::into_inner);
+            match (event, &mut unread.0) {
+                (Event::Token(piece), Some(before)) => {
+                    before.text.push_str(&piece.text);
+                    before.tokens.extend(piece.tokens);
+                    before.logprobs.extend(piece.logprobs);
+                }
+                (Event::Token(piece), none) => *none = Some(piece),
+                (end, _) => unread.1 = Some(end),
+            }
+        }
+        self.arrived.notify_one();
+    }
+
+    async fn next(&self) -> Event {
+        loop {
+            {
+                let mut unread = self.unread.lock().unwrap_or_else(PoisonError::into_inner);
+                if let Some(piece) = unread.0.take() {
+                    return Event::Token(piece);
+                }
+                if let Some(end) = unread.1.take() {
+                    return end;
+                }
+            }
+            self.arrived.notified().await;
+        }
+    }
+}
+
 /// A run in progress. Cancelled when dropped before its end.
 #[derive(Debug)]
 pub struct Run {
     id: RunId,
-    /// Bounded by the run itself: one event for each token it may generate.
-    events: mpsc::UnboundedReceiver<Event>,
+    mailbox: Arc<Mailbox>,
     shared: Arc<Shared>,
     over: bool,
 }
@@ -217,13 +257,21 @@ impl Worker {
         }
     }
 
-    /// Hands over one item of work. Runs are done one after the other.
+    /// Hands over one item of work. Generations are done as many at a time as the worker has sequences, other work one after
+    /// the other.
     pub fn run(&self, work: Work) -> Result<Run, EngineError> {
         let id = RunId(self.next_run.fetch_add(1, Ordering::Relaxed));
         let request = Request::Run { id, work };
-        // Refused here, where only this run is hurt by it, rather than in the task that writes.
+        // Refused here, where only this run is hurt by it: a number that JSON lacks would be unreadable over there.
+        if let Request::Run {
+            work: Work::Generate(generate),
+            ..
+        } = &request
+        {
+            generate.check()?;
+        }
         protocol::encode(&request).map_err(EngineError::bad_input)?;
-        let (tell, events) = mpsc::unbounded_channel();
+        let mailbox = Arc::new(Mailbox::default());
         {
             let mut state = self.shared.state();
             if let Some(error) = &state.ended {
@@ -234,12 +282,12 @@ impl Worker {
                     limit: RUNS_MAX as u32,
                 });
             }
-            state.runs.insert(id, tell);
+            state.runs.insert(id, Arc::clone(&mailbox));
         }
         let _ = self.shared.requests.send(request);
         Ok(Run {
             id,
-            events,
+            mailbox,
             shared: Arc::clone(&self.shared),
             over: false,
         })
@@ -294,12 +342,7 @@ impl Run {
         if self.over {
             return None;
         }
-        let event = self.events.recv().await.unwrap_or_else(|| Event::Failed {
-            error: EngineError::Crashed {
-                how: "it ended without a word".into(),
-            },
-            meters: Meters::default(),
-        });
+        let event = self.mailbox.next().await;
         self.over = !matches!(event, Event::Token(_));
         Some(event)
     }
@@ -504,7 +547,7 @@ async fn supervise(
         let _ = loading.send(Err(error.clone()));
     }
     for (_, run) in state.runs.drain() {
-        let _ = run.send(Event::Failed {
+        run.put(Event::Failed {
             error: error.clone(),
             meters: Meters::default(),
         });
@@ -523,12 +566,12 @@ fn deliver(reply: Reply, shared: &Shared) {
         Reply::Alive => {}
         Reply::Token { id, piece } => {
             if let Some(run) = state.runs.get(&id) {
-                let _ = run.send(Event::Token(piece));
+                run.put(Event::Token(piece));
             }
         }
         Reply::Done { id, output, meters } => {
             if let Some(run) = state.runs.remove(&id) {
-                let _ = run.send(Event::Done { output, meters });
+                run.put(Event::Done { output, meters });
             }
         }
         Reply::Failed {
@@ -537,7 +580,7 @@ fn deliver(reply: Reply, shared: &Shared) {
             meters,
         } => {
             if let Some(run) = state.runs.remove(&id) {
-                let _ = run.send(Event::Failed { error, meters });
+                run.put(Event::Failed { error, meters });
             }
         }
         Reply::Failed { id: None, error, .. } => {

@@ -60,6 +60,39 @@ pub struct ModelFile {
     pub weight_type: String,
     /// Bytes of attention cache for each token of context.
     cache_per_token: u64,
+    /// For an adapter: the base it was made for, if it says so.
+    base: Option<String>,
+    adapter: bool,
+}
+
+/// A LoRA adapter, as its headers describe it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AdapterFile {
+    /// The architecture of its base.
+    pub architecture: String,
+    /// Bytes of its weights.
+    pub weights: Bytes,
+    /// The BLAKE3 digest of the base model's file in hexadecimal, from the key [`BASE_KEY`]; none when the file does not say.
+    pub base: Option<String>,
+}
+
+/// The key of a GGUF adapter that names its base by digest.
+pub const BASE_KEY: &str = "karez.base.blake3";
+
+/// Reads and checks the headers of the LoRA adapter (GGUF) at `path`.
+pub fn adapter(path: &Path) -> Result<AdapterFile, EngineError> {
+    let file = inspect(path)?;
+    if !file.adapter {
+        return Err(EngineError::bad_model(
+            path,
+            "a model, where a LoRA adapter is expected",
+        ));
+    }
+    Ok(AdapterFile {
+        architecture: file.architecture,
+        weights: file.weights,
+        base: file.base,
+    })
 }
 
 impl ModelFile {
@@ -82,6 +115,20 @@ impl ModelFile {
             .saturating_add(per_step.saturating_mul(u64::from(STEP_TOKENS)))
             .saturating_add(64 << 20);
         Bytes(sum)
+    }
+
+    /// How many tokens `sequences` generations should share, where each may hold `context_tokens` and all of it may take
+    /// `memory`: 1024 each, but no more than a quarter of the memory unless a single one needs more.
+    pub fn cache_tokens(&self, context_tokens: u32, sequences: u16, memory: Bytes) -> u32 {
+        let wanted = u32::from(sequences).saturating_mul(1024).max(context_tokens);
+        let left = memory
+            .0
+            .saturating_sub(self.memory_estimate(0).0)
+            .min(memory.0 / 4);
+        let fit = left.checked_div(self.cache_per_token).unwrap_or(u64::MAX);
+        wanted
+            .min(u32::try_from(fit).unwrap_or(u32::MAX))
+            .max(context_tokens)
     }
 
     /// The context a worker uses when asked for `wanted`: never more than the model was made for, 8192 unless asked.
@@ -492,6 +539,8 @@ fn parse_gguf<R: BufRead>(from: &mut Bounded<R>, fallback: String) -> Parsed<Mod
         cache_per_token: kept_heads
             .saturating_mul(key.saturating_add(val))
             .saturating_mul(2),
+        base: text(BASE_KEY).map(str::to_owned),
+        adapter: text("general.type") == Some("adapter") && text("adapter.type") == Some("lora"),
         architecture,
     })
 }
@@ -551,6 +600,8 @@ fn safetensors_directory(path: &Path) -> Result<ModelFile, EngineError> {
         chat_template: false,
         weight_type,
         cache_per_token: 0,
+        base: None,
+        adapter: false,
     })
 }
 

@@ -7,7 +7,7 @@
 //! - [`client`]: the node's end. Start at [`client::Worker`].
 //! - [`inspect`]: reading model headers without trusting them; [`json`]: JSON that keeps its order.
 //! - [`probe`]: what this machine has to offer.
-//! - [`shipped`]: the small model that comes with Karez.
+//! - [`shipped`]: the small model that comes with Karez; [`reference`](mod@reference): random ones to measure with.
 //! - `worker` (with the feature of that name): the other end, the engines and the sandbox.
 //! - `train` (with the same feature): a small Llama that learns, and its files.
 //!
@@ -19,6 +19,7 @@ pub mod inspect;
 pub mod json;
 pub mod probe;
 pub mod protocol;
+pub mod reference;
 pub mod shipped;
 pub mod text;
 pub mod unit;

@@ -9,6 +9,7 @@ use karez_core::{
     records::WorkKind,
     unit::{Bytes, Millis, Rate},
 };
+use karez_engine::protocol::SEQUENCES_MAX;
 use serde::Deserialize;
 use std::{
     collections::BTreeMap,
@@ -19,6 +20,8 @@ use std::{
 
 /// Schedulers one node may serve.
 pub const SCHEDULERS_MAX: usize = 8;
+/// Generations that one model computes at a time, unless the owner says otherwise.
+const SEQUENCES: u16 = 16;
 /// Bytes of a configuration file at most.
 const FILE_MAX: u64 = 256 << 10;
 
@@ -66,6 +69,8 @@ pub struct NodeConfig {
     pub rates: BTreeMap<String, Rate>,
     /// What guests may use.
     pub limits: Limits,
+    /// How models are run and kept.
+    pub models: Models,
     /// Whom and what the owner serves.
     pub policy: Policy,
     /// Where the node listens.
@@ -91,6 +96,15 @@ pub struct Limits {
     pub store: Bytes,
     /// Tokens of context a generation may use; the engine's own limit when absent.
     pub context_tokens: Option<u32>,
+}
+
+/// How models are run and kept.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Models {
+    /// Generations that one model computes at a time. With 1, answers are the same to the last bit whatever else runs.
+    pub sequences: u16,
+    /// Models that stay once they are loaded, by the beginning of their digest.
+    pub pinned: Vec<String>,
 }
 
 /// Whom and what the owner serves.
@@ -251,6 +265,8 @@ struct RawConfig {
     #[serde(default)]
     limits: RawLimits,
     #[serde(default)]
+    models: RawModels,
+    #[serde(default)]
     policy: RawPolicy,
     #[serde(default)]
     listen: RawListen,
@@ -269,6 +285,13 @@ struct RawLimits {
     memory: Option<Size>,
     store: Option<Size>,
     context_tokens: Option<u32>,
+}
+
+#[derive(Deserialize, Default)]
+#[serde(deny_unknown_fields, default)]
+struct RawModels {
+    sequences: Option<u16>,
+    pinned: Vec<String>,
 }
 
 #[derive(Deserialize, Default)]
@@ -333,6 +356,29 @@ impl RawConfig {
                 .map(|n| within("limits.context_tokens", n, 16, 1 << 24))
                 .transpose()?,
         };
+        let models = Models {
+            sequences: within(
+                "models.sequences",
+                self.models.sequences.unwrap_or(SEQUENCES),
+                1,
+                SEQUENCES_MAX,
+            )?,
+            pinned: self.models.pinned,
+        };
+        let is_digest = |pin: &String| {
+            (8..=64).contains(&pin.len()) && pin.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
+        };
+        if models.pinned.len() > 64 {
+            return Err(("models.pinned", "names more than 64 models".into()));
+        }
+        if let Some(bad) = models.pinned.iter().find(|pin| !is_digest(pin)) {
+            return Err((
+                "models.pinned",
+                format!(
+                    "{bad:?} is not the beginning of a digest: give at least 8 of its hex digits, in small letters"
+                ),
+            ));
+        }
         let t = &self.timing;
         let span = |key, given: Option<Span>, default: u64, min: u64, max: u64| {
             within(
@@ -422,6 +468,7 @@ impl RawConfig {
                 .into_iter()
                 .map(|(class, price)| (class, price.0))
                 .collect(),
+            models,
             limits,
             policy: Policy {
                 institutions: self.policy.institutions,
@@ -545,6 +592,13 @@ cpu_slots = {slots}
 store = "20 GiB"
 # Tokens of context a generation may use. Default: 8192, or less where the model is made for less.
 # context_tokens = 8192
+
+# How models are run and kept.
+[models]
+# Generations that one model computes at a time; with 1, answers are the same to the last bit whatever else runs.
+# sequences = 16
+# Models that stay once they are loaded, by the beginning of their digest.
+# pinned = ["53aa51172d14"]
 
 # Whom and what you serve; empty lists mean everybody and everything.
 [policy]

@@ -2,6 +2,7 @@
 //! them, so that a gateway passes them on as they are.
 use serde::{Deserialize, Deserializer, Serialize, de::Error};
 
+use crate::error::EngineError;
 use crate::json::Json;
 
 /// Stop strings of one [`Generate`] at most.
@@ -88,6 +89,70 @@ impl Generate {
             response_format: None,
             adapter: None,
             resume: Vec::new(),
+        }
+    }
+}
+
+impl Generate {
+    /// Whether its settings are within what is allowed; an error names the setting, its value and the limits. The rest is
+    /// for the model to say.
+    pub fn check(&self) -> Result<(), EngineError> {
+        let refuse = |why: String| Err(EngineError::bad_input(why));
+        let within = |name: &str, value: f32, low: f32, high: f32| {
+            if (low..=high).contains(&value) {
+                Ok(())
+            } else {
+                refuse(format!("{name} is {value}; {low} to {high} are allowed"))
+            }
+        };
+        within("temperature", self.temperature, 0.0, 100.0)?;
+        within("min_p", self.min_p, 0.0, 1.0)?;
+        within("presence_penalty", self.presence_penalty, -2.0, 2.0)?;
+        within("frequency_penalty", self.frequency_penalty, -2.0, 2.0)?;
+        let (top_p, repetition) = (self.top_p, self.repetition_penalty);
+        if !(top_p > 0.0 && top_p <= 1.0) {
+            return refuse(format!("top_p is {top_p}; more than 0, up to 1, is allowed"));
+        }
+        if !(repetition > 0.0 && repetition <= 10.0) {
+            return refuse(format!(
+                "repetition_penalty is {repetition}; more than 0, up to 10, is allowed"
+            ));
+        }
+        if self.stop.len() > STOPS_MAX {
+            return refuse(format!(
+                "{} stop strings, {STOPS_MAX} are allowed",
+                self.stop.len()
+            ));
+        }
+        if let Some(long) = self
+            .stop
+            .iter()
+            .map(String::len)
+            .find(|bytes| *bytes > STOP_BYTES_MAX)
+        {
+            return refuse(format!(
+                "a stop string of {long} bytes, {STOP_BYTES_MAX} are allowed"
+            ));
+        }
+        if let Some(top) = self.top_logprobs.filter(|top| *top > TOP_LOGPROBS_MAX) {
+            return refuse(format!(
+                "top_logprobs is {top}; 0 to {TOP_LOGPROBS_MAX} are allowed"
+            ));
+        }
+        if self.logit_bias.len() > BIASES_MAX {
+            return refuse(format!(
+                "logit_bias names {} tokens, {BIASES_MAX} are allowed",
+                self.logit_bias.len()
+            ));
+        }
+        for (_, bias) in &self.logit_bias {
+            within("a logit_bias", *bias, -100.0, 100.0)?;
+        }
+        match &self.adapter {
+            Some(Adapter { scale, .. }) if !scale.is_finite() || scale.abs() > 16.0 => {
+                refuse(format!("the adapter's scale is {scale}; -16 to 16 are allowed"))
+            }
+            _ => Ok(()),
         }
     }
 }

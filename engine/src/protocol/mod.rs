@@ -91,6 +91,11 @@ impl Load {
             digest: None,
         }
     }
+
+    /// Tokens that the cache holds, when one run may hold `context_tokens`.
+    pub fn cache_for(&self, context_tokens: u32) -> u32 {
+        self.cache_tokens.unwrap_or(0).max(context_tokens)
+    }
 }
 
 /// What the node asks of its worker.

@@ -5,6 +5,7 @@
 use minijinja::{Environment, Error, ErrorKind, context};
 
 use crate::error::EngineError;
+use crate::json::Json;
 use crate::protocol::{Message, Prompt};
 
 /// Instructions a template may take. Known ones need some tens for each message.
@@ -38,12 +39,15 @@ impl ChatTemplate {
     }
 
     /// The text a model continues with its answer to `messages`.
-    pub(super) fn render(&self, messages: &[Message]) -> Result<String, EngineError> {
+    pub(super) fn render(&self, messages: &[Message], tools: &[Json]) -> Result<String, EngineError> {
+        // Templates ask whether there are tools, and an empty list would count as some.
+        let tools = (!tools.is_empty()).then_some(tools);
         self.environment
             .get_template(NAME)
             .and_then(|template| {
                 template.render(context! {
                     messages,
+                    tools,
                     add_generation_prompt => true,
                     bos_token => self.bos,
                     eos_token => self.eos,
@@ -57,14 +61,14 @@ impl ChatTemplate {
     }
 }
 
-/// The conversation in a prompt; none in a raw one.
-pub(super) fn messages(prompt: &Prompt) -> Option<Vec<Message>> {
+/// The conversation in a prompt and the tools it may call; none in a raw one.
+pub(super) fn messages(prompt: &Prompt) -> Option<(Vec<Message>, &[Json])> {
     match prompt {
         Prompt::Raw { .. } => None,
-        Prompt::Chat { messages, .. } => Some(messages.clone()),
+        Prompt::Chat { messages, tools } => Some((messages.clone(), tools)),
         Prompt::Text { text, system } => {
             let system = system.iter().map(|content| Message::new("system", content));
-            Some(system.chain([Message::new("user", text)]).collect())
+            Some((system.chain([Message::new("user", text)]).collect(), &[]))
         }
     }
 }
@@ -80,7 +84,7 @@ mod tests {
             .collect();
         ChatTemplate::new(source.into(), "<s>".into(), "</s>".into())
             .unwrap()
-            .render(&messages)
+            .render(&messages, &[])
     }
 
     #[test]

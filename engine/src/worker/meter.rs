@@ -49,3 +49,23 @@ fn usage() -> (u64, Bytes) {
     let peak = u64::try_from(usage.ru_maxrss).unwrap_or(0).saturating_mul(unit);
     (micros(usage.ru_utime) + micros(usage.ru_stime), Bytes(peak))
 }
+
+/// Reads the clocks around a step that several runs may share.
+pub(super) struct Stopwatch(Meter);
+
+impl Stopwatch {
+    pub(super) fn start() -> Self {
+        Self(Meter::start())
+    }
+
+    /// Microseconds on the wall and of the processor since the start.
+    pub(super) fn stop(&self) -> (f64, f64) {
+        let wall = self.0.began.elapsed().as_secs_f64() * 1e6;
+        (wall, usage().0.saturating_sub(self.0.cpu_us) as f64)
+    }
+}
+
+/// The largest resident size of the process so far.
+pub(super) fn peak_rss() -> Bytes {
+    usage().1
+}

@@ -1,8 +1,8 @@
-//! The worker's end: one process, one model, one run at a time.
+//! The worker's end: one process, one model, and as many runs at a time as its engine takes.
 //!
 //! [`main`] takes the first request from standard input, checks the model's headers, closes the sandbox around
-//! itself and only then lets an engine open the file. A second thread then listens for cancels while the first
-//! computes; the process ends when its input closes, whatever it is doing.
+//! itself and only then lets an engine open the file. While the first thread computes, a second listens for requests and
+//! cancels and a third writes replies; the process ends when its input closes, whatever it is doing.
 mod bert;
 mod chat;
 mod check;
@@ -10,25 +10,34 @@ mod encoder;
 mod llama;
 mod meter;
 mod noop;
+mod post;
 mod sandbox;
 
-use std::collections::VecDeque;
 use std::fs::File;
 use std::io::BufReader;
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use crate::error::EngineError;
 use crate::inspect::{Format, ModelFile, inspect};
 use crate::probe;
 use crate::protocol::{
-    self, Isolation, Load, LoadKind, Meters, ModelFacts, Output, Piece, RUNS_MAX, Reply, Request, RunId, Work,
+    self, Isolation, Load, LoadKind, Meters, ModelFacts, Output, Reply, Request, RunId, SEQUENCES_MAX, Work,
 };
 pub use check::{IsolationCheck, check_isolation};
 use meter::Meter;
+use post::{Inbox, Outlet};
 
-/// Does one kind of work with one loaded model.
+/// What a worker works with.
+enum Machine {
+    /// One run at a time.
+    Single(Box<dyn Engine>),
+    /// Many generations at a time.
+    Batching(Box<llama::Batcher>),
+}
+
+/// Does one kind of work with one loaded model, a run at a time.
 trait Engine {
     /// What is known of the model. The isolation in it is filled in later.
     fn facts(&self) -> ModelFacts;
@@ -38,12 +47,9 @@ trait Engine {
 
 /// What an engine sees of the world during a run.
 struct Desk<'a> {
-    id: RunId,
     cancelled: &'a AtomicBool,
     outlet: &'a Outlet,
     tokens_in: u64,
-    tokens_out: u64,
-    tokens_cached: u64,
 }
 
 impl Desk<'_> {
@@ -56,54 +62,9 @@ impl Desk<'_> {
         }
     }
 
-    /// Shows a piece of the answer.
-    fn token(&self, text: &str) {
-        if !text.is_empty() {
-            self.outlet.say(&Reply::Token {
-                id: self.id,
-                piece: Piece {
-                    text: text.to_owned(),
-                    ..Piece::default()
-                },
-            });
-        }
-    }
-
     /// Tells the node that work goes on.
     fn alive(&self) {
-        self.outlet.say(&Reply::Alive);
-    }
-}
-
-/// The way to the node. Two threads share it.
-struct Outlet(Mutex<File>);
-
-impl Outlet {
-    fn say(&self, reply: &Reply) {
-        let mut file = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if protocol::write(&mut *file, reply).is_err() {
-            // Nobody listens any more.
-            end(0);
-        }
-    }
-}
-
-/// Runs that wait, and the one in progress.
-#[derive(Default)]
-struct Tray {
-    waiting: VecDeque<(RunId, Work, Arc<AtomicBool>)>,
-    current: Option<(RunId, Arc<AtomicBool>)>,
-}
-
-#[derive(Default)]
-struct Inbox {
-    tray: Mutex<Tray>,
-    filled: Condvar,
-}
-
-impl Inbox {
-    fn tray(&self) -> MutexGuard<'_, Tray> {
-        self.tray.lock().unwrap_or_else(PoisonError::into_inner)
+        self.outlet.say(Reply::Alive);
     }
 }
 
@@ -111,7 +72,7 @@ impl Inbox {
 /// thread exists: the sandbox holds for this thread and those it starts.
 pub fn main() -> ExitCode {
     let outlet = match private_output() {
-        Ok(file) => Arc::new(Outlet(Mutex::new(file))),
+        Ok(file) => Arc::new(Outlet::new(file)),
         Err(error) => {
             eprintln!("the worker's output: {error}");
             return ExitCode::FAILURE;
@@ -129,39 +90,36 @@ pub fn main() -> ExitCode {
         }
         Err(error) => return refuse(&outlet, error),
     };
-    let mut engine = match open(&load) {
-        Ok((engine, isolation)) => {
-            outlet.say(&Reply::Ready(ModelFacts {
-                isolation,
-                ..engine.facts()
-            }));
-            engine
+    let machine = match open(&load) {
+        Ok((machine, isolation)) => {
+            let facts = match &machine {
+                Machine::Single(engine) => engine.facts(),
+                Machine::Batching(batcher) => batcher.facts(),
+            };
+            outlet.say(Reply::Ready(ModelFacts { isolation, ..facts }));
+            machine
         }
         Err(error) => return refuse(&outlet, error),
     };
+    outlet.start();
     let inbox = Arc::new(Inbox::default());
     {
         let (inbox, outlet) = (Arc::clone(&inbox), Arc::clone(&outlet));
         std::thread::spawn(move || listen(input, &inbox, &outlet));
     }
-    loop {
-        let (id, work, cancelled) = {
-            let mut tray = inbox.tray();
-            tray.current = None;
-            loop {
-                if let Some((id, work, cancelled)) = tray.waiting.pop_front() {
-                    tray.current = Some((id, Arc::clone(&cancelled)));
-                    break (id, work, cancelled);
-                }
-                tray = inbox.filled.wait(tray).unwrap_or_else(PoisonError::into_inner);
+    match machine {
+        Machine::Batching(mut batcher) => batcher.serve(&inbox, &outlet),
+        Machine::Single(mut engine) => loop {
+            if let Some((id, work, cancelled)) = inbox.take(true) {
+                perform(engine.as_mut(), id, work, &cancelled, &outlet);
+                inbox.over(id);
             }
-        };
-        perform(engine.as_mut(), id, work, &cancelled, &outlet);
+        },
     }
 }
 
 fn refuse(outlet: &Outlet, error: EngineError) -> ExitCode {
-    outlet.say(&Reply::Failed {
+    outlet.say(Reply::Failed {
         id: None,
         error,
         meters: Meters::default(),
@@ -178,38 +136,41 @@ fn private_output() -> std::io::Result<File> {
 }
 
 /// Checks, closes the sandbox, then loads.
-fn open(load: &Load) -> Result<(Box<dyn Engine>, Isolation), EngineError> {
+fn open(load: &Load) -> Result<(Machine, Isolation), EngineError> {
     let threads = load.threads.unwrap_or_else(probe::cores).max(1);
     let checked = match load.kind {
         LoadKind::Noop => None,
         kind => Some(check(load, kind)?),
     };
     prepare_environment(threads);
-    let isolation = sandbox::close(checked.as_ref().map(|_| load.model.as_path()), load.memory_limit);
-    let engine: Box<dyn Engine> = match (load.kind, checked) {
-        (LoadKind::Generate, Some(file)) => Box::new(llama::Llama::load(load, &file, threads)?),
-        (LoadKind::Embed, Some(file)) => Box::new(bert::Bert::load(load, &file, threads)?),
-        _ => Box::new(noop::Noop),
+    let readable = checked.as_ref().map(|_| load.model.as_path());
+    let isolation = sandbox::close(readable, load.adapters.as_deref(), load.memory_limit);
+    let single = |engine: Box<dyn Engine>| Machine::Single(engine);
+    let machine = match (load.kind, checked) {
+        (LoadKind::Generate, Some(file)) => Machine::Batching(Box::new(llama::load(load, &file, threads)?)),
+        (LoadKind::Embed, Some(file)) if file.format == Format::Gguf => {
+            single(Box::new(llama::Embedder::load(load, &file, threads)?))
+        }
+        (LoadKind::Embed, Some(file)) => single(Box::new(bert::Bert::load(load, &file, threads)?)),
+        _ => single(Box::new(noop::Noop)),
     };
-    Ok((engine, isolation))
+    Ok((machine, isolation))
 }
 
 fn check(load: &Load, kind: LoadKind) -> Result<ModelFile, EngineError> {
     let file = inspect(&load.model)?;
-    match (kind, file.format) {
-        (LoadKind::Generate, Format::Safetensors) => {
-            return Err(EngineError::Unsupported {
-                reason: "text is generated from GGUF files; convert this safetensors model first".into(),
-            });
-        }
-        (LoadKind::Embed, Format::Gguf) => {
-            return Err(EngineError::Unsupported {
-                reason: "texts are embedded by safetensors encoders; this is a GGUF file".into(),
-            });
-        }
-        _ => {}
+    if (kind, file.format) == (LoadKind::Generate, Format::Safetensors) {
+        return Err(EngineError::Unsupported {
+            reason: "text is generated from GGUF files; convert this safetensors model first".into(),
+        });
     }
-    let needs = file.memory_estimate(file.context_for(load.context_tokens));
+    if load.sequences.is_some_and(|n| n == 0 || n > SEQUENCES_MAX) {
+        return Err(EngineError::bad_input(format!(
+            "sequences is {}; 1 to {SEQUENCES_MAX} are allowed",
+            load.sequences.unwrap_or(0)
+        )));
+    }
+    let needs = file.memory_estimate(load.cache_for(file.context_for(load.context_tokens)));
     match load.memory_limit {
         Some(has) if needs > has => Err(EngineError::TooLarge { needs, has }),
         _ => Ok(file),
@@ -236,32 +197,23 @@ fn prepare_environment(threads: u16) {
 
 /// Takes requests while the engine works.
 fn listen(mut input: BufReader<std::io::Stdin>, inbox: &Inbox, outlet: &Outlet) {
+    let failed = |id, error| {
+        outlet.say(Reply::Failed {
+            id: Some(id),
+            error,
+            meters: Meters::default(),
+        });
+    };
     loop {
         match protocol::read::<Request>(&mut input) {
             Ok(Some(Request::Run { id, work })) => {
-                let mut tray = inbox.tray();
-                if tray.waiting.len() + usize::from(tray.current.is_some()) > RUNS_MAX {
-                    drop(tray);
-                    let error = EngineError::Busy {
-                        limit: RUNS_MAX as u32,
-                    };
-                    outlet.say(&Reply::Failed {
-                        id: Some(id),
-                        error,
-                        meters: Meters::default(),
-                    });
-                } else {
-                    tray.waiting.push_back((id, work, Arc::default()));
-                    inbox.filled.notify_one();
+                if let Err(error) = inbox.add(id, work) {
+                    failed(id, error);
                 }
             }
             Ok(Some(Request::Cancel { id })) => {
-                let tray = inbox.tray();
-                let waiting = tray.waiting.iter().map(|(id, _, cancelled)| (id, cancelled));
-                let current = tray.current.iter().map(|(id, cancelled)| (id, cancelled));
-                if let Some((_, cancelled)) = waiting.chain(current).find(|(candidate, _)| **candidate == id)
-                {
-                    cancelled.store(true, Ordering::Relaxed);
+                if inbox.cancel(id) {
+                    failed(id, EngineError::Cancelled);
                 }
             }
             Ok(Some(Request::Load(_))) => {
@@ -279,40 +231,22 @@ fn listen(mut input: BufReader<std::io::Stdin>, inbox: &Inbox, outlet: &Outlet) 
 fn perform(engine: &mut dyn Engine, id: RunId, work: Work, cancelled: &AtomicBool, outlet: &Outlet) {
     let meter = Meter::start();
     let mut desk = Desk {
-        id,
         cancelled,
         outlet,
         tokens_in: 0,
-        tokens_out: 0,
-        tokens_cached: 0,
     };
     let result = desk.check().and_then(|()| engine.run(work, &mut desk));
     let meters = Meters {
         tokens_in: desk.tokens_in,
-        tokens_out: desk.tokens_out,
-        tokens_cached: desk.tokens_cached,
         ..meter.stop()
     };
-    let reply = match result {
-        Ok(output) => Reply::Done { id, output, meters },
-        Err(error) => Reply::Failed {
+    match result {
+        Ok(output) => outlet.done(id, output, meters),
+        Err(error) => outlet.say(Reply::Failed {
             id: Some(id),
             error,
             meters,
-        },
-    };
-    match protocol::encode(&reply) {
-        Ok(_) => outlet.say(&reply),
-        Err(error) => {
-            let error = EngineError::bad_input(format!(
-                "the result is too long: {error}; send fewer texts at once"
-            ));
-            outlet.say(&Reply::Failed {
-                id: Some(id),
-                error,
-                meters,
-            });
-        }
+        }),
     }
 }
 

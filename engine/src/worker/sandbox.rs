@@ -12,9 +12,10 @@ use crate::unit::Bytes;
 #[cfg(target_os = "linux")]
 const MEMORY_SLACK: u64 = 512 << 20;
 
-/// Closes the sandbox around this thread and all it will start. `model` stays readable.
+/// Closes the sandbox around this thread and all it will start. `model` stays readable, and so do the files that are or
+/// will be in `adapters`.
 #[cfg(target_os = "linux")]
-pub(super) fn close(model: Option<&Path>, memory_limit: Option<Bytes>) -> Isolation {
+pub(super) fn close(model: Option<&Path>, adapters: Option<&Path>, memory_limit: Option<Bytes>) -> Isolation {
     use rustix::process::{DumpableBehavior, Resource, Rlimit, set_dumpable_behavior, setrlimit};
     let warn =
         |what: &str, error: &dyn std::fmt::Display| eprintln!("sandbox: {what} is not in force: {error}");
@@ -46,7 +47,7 @@ pub(super) fn close(model: Option<&Path>, memory_limit: Option<Bytes>) -> Isolat
         warn("no new privileges", &error);
         return Isolation::None;
     }
-    let landlock = match landlock(model) {
+    let landlock = match landlock(model.into_iter().chain(adapters)) {
         Ok(()) => true,
         Err(error) => {
             warn("Landlock", &error);
@@ -65,12 +66,12 @@ pub(super) fn close(model: Option<&Path>, memory_limit: Option<Bytes>) -> Isolat
 
 /// There is no sandbox on this system.
 #[cfg(not(target_os = "linux"))]
-pub(super) fn close(_: Option<&Path>, _: Option<Bytes>) -> Isolation {
+pub(super) fn close(_: Option<&Path>, _: Option<&Path>, _: Option<Bytes>) -> Isolation {
     Isolation::None
 }
 
 #[cfg(target_os = "linux")]
-fn landlock(model: Option<&Path>) -> Result<(), String> {
+fn landlock<'a>(readable: impl Iterator<Item = &'a Path>) -> Result<(), String> {
     use landlock::{
         ABI, Access, AccessFs, AccessNet, PathBeneath, PathFd, Ruleset, RulesetAttr, RulesetCreatedAttr,
         RulesetStatus, Scope,
@@ -92,9 +93,9 @@ fn landlock(model: Option<&Path>) -> Result<(), String> {
         .and_then(|rules| rules.scope(Scope::from_all(abi)))
         .and_then(|rules| rules.create())
         .map_err(|error| text(&error))?;
-    if let Some(model) = model {
-        let open = PathFd::new(model).map_err(|error| text(&error))?;
-        let access = if model.is_dir() {
+    for path in readable {
+        let open = PathFd::new(path).map_err(|error| text(&error))?;
+        let access = if path.is_dir() {
             AccessFs::ReadFile | AccessFs::ReadDir
         } else {
             AccessFs::ReadFile.into()

@@ -187,6 +187,48 @@ pub fn gguf_file(directory: &Path) -> PathBuf {
     path
 }
 
+/// A LoRA adapter in GGUF over the query of each layer of [`gguf`]; `hidden` other than 64 does not fit.
+pub fn lora(architecture: &str, base: Option<&str>, hidden: u64) -> Vec<u8> {
+    let rank = 4;
+    let mut header = Header {
+        bytes: Vec::new(),
+        count: 0,
+    };
+    header.text("general.type", "adapter");
+    header.text("general.architecture", architecture);
+    header.text("adapter.type", "lora");
+    header.f32("adapter.lora.alpha", rank as f32);
+    if let Some(base) = base {
+        header.text("karez.base.blake3", base);
+    }
+    let mut random = Random(77);
+    let (mut infos, mut data) = (Vec::new(), Vec::<u8>::new());
+    let mut tensors = 0u64;
+    for layer in 0..2 {
+        for (end, shape) in [("a", [hidden, rank]), ("b", [rank, hidden])] {
+            text(&mut infos, &format!("blk.{layer}.attn_q.weight.lora_{end}"));
+            infos.extend(2u32.to_le_bytes());
+            shape.iter().for_each(|size| infos.extend(size.to_le_bytes()));
+            infos.extend(0u32.to_le_bytes());
+            infos.extend((data.len() as u64).to_le_bytes());
+            for _ in 0..shape[0] * shape[1] {
+                data.extend((random.number() * 2.0).to_le_bytes());
+            }
+            data.resize(data.len().next_multiple_of(32), 0);
+            tensors += 1;
+        }
+    }
+    let mut file = b"GGUF".to_vec();
+    file.extend(3u32.to_le_bytes());
+    file.extend(tensors.to_le_bytes());
+    file.extend(header.count.to_le_bytes());
+    file.extend(header.bytes);
+    file.extend(infos);
+    file.resize(file.len().next_multiple_of(32), 0);
+    file.extend(data);
+    file
+}
+
 const WORDS: [&str; 12] = [
     "[PAD]", "[UNK]", "[CLS]", "[SEP]", "water", "flows", "under", "ground", "stars", "shine", "at", "night",
 ];

@@ -7,7 +7,7 @@ use crate::{
     control,
     files::NodeFiles,
     probe::{self, Found},
-    runner::{Tools, Warm},
+    runner::{Tools, Warm, WarmPolicy},
     session::{self, Dial},
 };
 use karez_core::{
@@ -153,12 +153,14 @@ impl Daemon {
                 files.config().display()
             );
         }
-        let warm = Warm::new(
-            options.worker,
-            Duration::from_millis(config.timing.warm.0),
-            found.memory_lent,
-        );
+        let keep = WarmPolicy {
+            stay: Duration::from_millis(config.timing.warm.0),
+            memory: found.memory_lent,
+            pinned: config.models.pinned.clone(),
+        };
+        let warm = Warm::new(options.worker, keep);
         tracing::info!(node = %id, name = %config.name, "the node runs");
+        let (threads, sequences) = (found.threads, config.models.sequences);
         Ok(Self {
             began,
             id,
@@ -169,6 +171,8 @@ impl Daemon {
                 artifacts,
                 scratch,
                 warm,
+                threads,
+                sequences,
             }),
             inputs,
             back,

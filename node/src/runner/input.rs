@@ -31,6 +31,8 @@ pub(super) struct Item {
 pub(super) enum Asked {
     Text(String),
     Messages(Vec<Message>),
+    /// Why the line cannot be done, where the order wants the others done all the same.
+    Unreadable(String),
 }
 
 /// Items of one part, read by a thread of their own.
@@ -98,13 +100,28 @@ fn read(
                 index + 1
             ));
         }
-        let item =
-            parse(&line, work, index).map_err(|why| format!("line {} of the input {why}", index + 1))?;
+        let item = match parse(&line, work, index) {
+            Ok(item) => item,
+            Err(why) if matches!(work, Work::Generate(g) if g.keep_going) => Item {
+                index,
+                id: id_of(&line),
+                asked: Asked::Unreadable(format!("the line {why}")),
+                wishes: Wishes::default(),
+                bytes: line.len(),
+            },
+            Err(why) => return Err(format!("line {} of the input {why}", index + 1)),
+        };
         if !give(item) {
             return Ok(());
         }
     }
     Ok(())
+}
+
+/// The id of a line that cannot be used otherwise.
+fn id_of(line: &[u8]) -> Option<Json> {
+    let line: Json = serde_json::from_slice(line).ok()?;
+    line.get("id").filter(|id| **id != Json::Null).cloned()
 }
 
 fn parse(line: &[u8], work: &Work, index: u64) -> Result<Item, String> {
@@ -269,6 +286,23 @@ mod tests {
                 .unwrap_err()
                 .contains("only 1 lines")
         );
+    }
+
+    #[test]
+    fn a_bad_line_does_not_stop_the_others_when_told_to_go_on() {
+        let text = b"\"a\"\n{\"id\":7,\"prompt\":1}\n\xff\n\"d\"";
+        let Work::Generate(g) = generate(false) else {
+            panic!()
+        };
+        let work = Work::Generate(Generate {
+            keep_going: true,
+            ..g
+        });
+        let got = items(text, &work, 0, 4).unwrap();
+        assert_eq!(got[1].id, Some(Json::Number(7.into())));
+        assert!(matches!(&got[1].asked, Asked::Unreadable(why) if why.contains("\"prompt\" wrong")));
+        assert!(matches!(&got[2].asked, Asked::Unreadable(why) if why.contains("not UTF-8")));
+        assert_eq!((got[3].index, &got[3].asked), (3, &Asked::Text("d".into())));
     }
 
     #[test]

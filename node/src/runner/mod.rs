@@ -1,7 +1,8 @@
 //! Runs leases: input lines in, result lines out.
 //!
-//! No-ops run here, in the daemon itself: no artifact, no process. Everything else runs in a worker process that is
-//! kept warm between leases. A worker that crashes costs its lease an attempt, and the node nothing.
+//! No-ops run here, in the daemon itself: no artifact, no process. Everything else runs in a worker process that leases on
+//! the same model share and that is kept warm between them. A worker that crashes is replaced, and what it was doing is done
+//! again; only a lease whose worker crashes again and again without getting on fails.
 //!
 //! Each line of a result is a JSON object with the `index` of its item in the input, counted from 0, and its `id` if
 //! the item had one. Not here: deciding what to run (the agent), and getting the artifacts here first.
@@ -14,12 +15,13 @@ use crate::{artifacts::Artifacts, stop::Stopped};
 use input::{Asked, Item, Lines};
 use karez_core::{
     agent::{Exit, WorkerMeters},
+    artifact::ArtifactRef,
     id::LeaseKey,
-    records::{Order, Verified, Work},
+    records::{Generate, Order, Verified, Work},
     unit::{Bytes, Millis},
 };
 use karez_engine::{
-    EngineError, Event, Run,
+    EngineError, Event, FailureKind, Run,
     json::Json,
     protocol::{self, Finish, Load, LoadKind, Output, Prompt, TokenLogprob},
 };
@@ -32,8 +34,8 @@ use std::{
     sync::Arc,
     time::{Duration, Instant},
 };
-pub(crate) use warm::Warm;
-use warm::{Lent, ModelKey};
+use warm::{Folder, Lent, ModelKey, Start};
+pub(crate) use warm::{Warm, WarmPolicy};
 
 /// Progress is told at most this often.
 pub const PROGRESS_EVERY: Duration = Duration::from_millis(200);
@@ -44,8 +46,10 @@ pub(crate) const SILENCE_MAX: Duration = Duration::from_secs(300);
 /// Texts of one batch, and their bytes together.
 const BATCH_TEXTS: usize = 32;
 const BATCH_BYTES: usize = 256 << 10;
-/// Batches or prompts handed to the worker ahead, so that it never waits for the next one.
+/// Batches or prompts handed to the worker beyond those it computes at a time, so that it never waits for the next one.
 const AHEAD: usize = 2;
+/// Workers that may die under a lease without an item done in between.
+const FALLS_MAX: u32 = 2;
 
 /// One lease to run.
 #[derive(Debug, Clone)]
@@ -78,6 +82,10 @@ pub(crate) struct Tools {
     pub(crate) artifacts: Artifacts,
     pub(crate) scratch: PathBuf,
     pub(crate) warm: Arc<Warm>,
+    /// Threads that all workers together may compute with.
+    pub(crate) threads: u16,
+    /// Generations that one worker computes at a time.
+    pub(crate) sequences: u16,
 }
 
 /// Why a lease came to nothing.
@@ -86,6 +94,8 @@ enum Failure {
     Job(String),
     /// Elsewhere it may work.
     Node(String),
+    /// The worker died; another one may do it.
+    Fell(String),
     /// It was told to stop.
     Stopped,
 }
@@ -132,7 +142,7 @@ pub(crate) async fn run(job: Job, tools: &Tools, stopped: Stopped, tell: Tell) -
             },
             None,
         ),
-        Err(Failure::Node(why)) => (Exit::Failed { why, retryable: true }, None),
+        Err(Failure::Node(why) | Failure::Fell(why)) => (Exit::Failed { why, retryable: true }, None),
         Err(Failure::Stopped) => (Exit::Stopped, None),
     };
     Ended { exit, meters, pin }
@@ -160,6 +170,31 @@ struct Line<'a, T> {
     id: Option<&'a Json>,
     #[serde(flatten)]
     what: T,
+}
+
+/// Where items come from.
+struct Feed {
+    lines: Lines,
+    /// Read, but too long for the batch before it.
+    held: Option<Item>,
+    /// What a worker that died had not done, to be done before anything else.
+    again: VecDeque<Vec<Item>>,
+    /// Lines are left.
+    more: bool,
+}
+
+/// A batch and its run, or why there is none.
+type Flying = (Vec<Item>, Result<Run, EngineError>);
+
+#[derive(Serialize)]
+struct ErrorLine {
+    error: Refused,
+}
+
+#[derive(Serialize)]
+struct Refused {
+    kind: FailureKind,
+    message: String,
 }
 
 #[derive(Serialize)]
@@ -248,7 +283,7 @@ impl Running {
     }
 
     async fn with_worker(&mut self, tools: &Tools) -> Result<(), Failure> {
-        let mut lines = Lines::open(
+        let lines = Lines::open(
             tools
                 .artifacts
                 .path(&self.job.order.input)
@@ -258,26 +293,48 @@ impl Running {
             self.job.first_item,
             self.job.items,
         );
-        let mut stopped = self.stopped.clone();
-        // Dropping what is not ready yet kills the half-started worker.
-        let lent = tokio::select! {
-            lent = self.worker(tools) => lent?,
-            () = stopped.said() => return Err(Failure::Stopped),
+        let mut feed = Feed {
+            lines,
+            held: None,
+            again: VecDeque::new(),
+            more: true,
         };
-        let mut flight = VecDeque::new();
-        let done = self.items(&lent, &mut lines, &mut flight).await;
-        if done.is_err() {
-            self.call_back(&lent, flight).await;
+        let mut falls = 0;
+        loop {
+            let mut stopped = self.stopped.clone();
+            // Dropping what is not ready yet kills the half-started worker.
+            let lent = tokio::select! {
+                lent = self.worker(tools) => lent?,
+                () = stopped.said() => return Err(Failure::Stopped),
+            };
+            let before = self.meters.items;
+            let mut flight = VecDeque::new();
+            match self.items(&lent, &mut feed, &mut flight).await {
+                Ok(()) => return Ok(()),
+                Err(Failure::Fell(why)) => {
+                    falls = if self.meters.items > before { 1 } else { falls + 1 };
+                    if falls > FALLS_MAX {
+                        return Err(Failure::Node(why));
+                    }
+                    tracing::warn!(lease = %self.job.key, %why, "the worker died: another one takes over");
+                    self.live_tokens = 0;
+                    flight
+                        .into_iter()
+                        .rev()
+                        .for_each(|(batch, _)| feed.again.push_front(batch));
+                }
+                Err(failure) => {
+                    self.call_back(&lent, flight).await;
+                    return Err(failure);
+                }
+            }
         }
-        tools.warm.give_back(lent);
-        done
     }
 
     /// Cancels what the worker still has, and kills the worker when it does not let go in time.
-    async fn call_back(&mut self, lent: &Lent, flight: VecDeque<(Vec<Item>, Run)>) {
-        for (_, run) in &flight {
-            run.cancel();
-        }
+    async fn call_back(&mut self, lent: &Lent, flight: VecDeque<Flying>) {
+        let mut runs: Vec<Run> = flight.into_iter().filter_map(|(_, run)| run.ok()).collect();
+        runs.iter().for_each(Run::cancel);
         let mut stopped = self.stopped.clone();
         let patience = async {
             if stopped.is_said() {
@@ -288,7 +345,7 @@ impl Running {
         };
         let meters = &mut self.meters;
         let leaving = async {
-            for (_, mut run) in flight {
+            for run in &mut runs {
                 while let Some(event) = run.next().await {
                     match event {
                         Event::Failed { meters: used, .. } | Event::Done { meters: used, .. } => {
@@ -318,12 +375,43 @@ impl Running {
         let key = ModelKey {
             kind,
             model,
-            threads: job.threads,
             gpus: job.gpus.clone(),
         };
-        if let Some(lent) = tools.warm.take(&key) {
-            return Ok(lent);
+        let lent = match tools.warm.lend(&key) {
+            Some(lent) => lent,
+            None => {
+                // Another lease may be loading the same model just now.
+                let _turn = tools.warm.turn(&key).await;
+                match tools.warm.lend(&key) {
+                    Some(lent) => lent,
+                    None => self.start(key, tools).await?,
+                }
+            }
+        };
+        if let Work::Generate(Generate {
+            adapter: Some(adapter),
+            ..
+        }) = &job.order.work
+        {
+            let path = tools.artifacts.path(adapter).await.map_err(Failure::Node)?;
+            let place = lent.adapters().join(adapter_name(adapter));
+            tokio::task::spawn_blocking(move || match std::fs::hard_link(&path, &place) {
+                Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => Ok(()),
+                // The store may lie on another disk.
+                Err(_) => std::fs::copy(&path, &place).map(|_| ()),
+                Ok(()) => Ok(()),
+            })
+            .await
+            .map_err(|_| Failure::Node("the adapter could not be put in place".into()))?
+            .map_err(|error| Failure::Node(format!("the adapter could not be put in place: {error}")))?;
         }
+        Ok(lent)
+    }
+
+    /// Plans the memory and starts a worker with the model.
+    async fn start(&self, key: ModelKey, tools: &Tools) -> Result<Lent, Failure> {
+        let job = &self.job;
+        let (kind, model) = (key.kind, key.model);
         let files = tools
             .artifacts
             .model(&model, &tools.scratch)
@@ -333,26 +421,55 @@ impl Running {
         let file = tokio::task::spawn_blocking(move || karez_engine::inspect::inspect(&inspected))
             .await
             .map_err(|_| Failure::Node("the model could not be inspected".into()))??;
-        let context = match kind {
-            LoadKind::Generate => Some(file.context_for(job.context_tokens)),
-            _ => None,
+        let memory = karez_engine::unit::Bytes(job.memory.0);
+        let (context, cache) = match kind {
+            LoadKind::Generate => {
+                let context = file.context_for(job.context_tokens);
+                (
+                    Some(context),
+                    Some(file.cache_tokens(context, tools.sequences, memory)),
+                )
+            }
+            _ => (None, None),
         };
-        let estimate = file.memory_estimate(context.unwrap_or(512));
-        if estimate.0 > job.memory.0 {
-            let has = karez_engine::unit::Bytes(job.memory.0);
-            return Err(EngineError::TooLarge { needs: estimate, has }.into());
+        let estimate = file.memory_estimate(cache.unwrap_or(512));
+        if estimate > memory {
+            return Err(EngineError::TooLarge {
+                needs: estimate,
+                has: memory,
+            }
+            .into());
         }
+        let name = format!("adapters-{:016x}", getrandom::u64().unwrap_or_default());
+        let adapters = Folder(tools.scratch.join(name));
+        std::fs::create_dir(&adapters.0).map_err(|e| Failure::Node(format!("the node's disk: {e}")))?;
+        // Leases on this model will share it: alone on the machine, it computes with all that is lent.
+        let alone = job.gpus.is_empty() && !tools.warm.is_busy();
+        let threads = if alone {
+            tools.threads.max(job.threads)
+        } else {
+            job.threads
+        };
         let load = Load {
             context_tokens: context,
-            threads: Some(job.threads),
-            memory_limit: Some(karez_engine::unit::Bytes(job.memory.0)),
+            cache_tokens: cache,
+            sequences: (kind == LoadKind::Generate).then_some(tools.sequences),
+            threads: Some(threads),
+            memory_limit: Some(memory),
             gpu_layers: job.gpus.is_empty().then_some(0),
+            adapters: Some(adapters.0.clone()),
+            digest: Some(model.digest.to_string()),
             ..Load::new(kind, files.path.clone())
         };
-        let lent = tools
-            .warm
-            .start(key, load, Bytes(estimate.0), files, LOAD_MAX)
-            .await?;
+        let start = Start {
+            key,
+            load,
+            memory: Bytes(estimate.0),
+            model: files,
+            adapters,
+            load_max: LOAD_MAX,
+        };
+        let lent = tools.warm.start(start).await?;
         tracing::info!(lease = %job.key, model = %model.digest.short(), pid = lent.worker().pid(), "model loaded");
         Ok(lent)
     }
@@ -361,27 +478,52 @@ impl Running {
     async fn items(
         &mut self,
         lent: &Lent,
-        lines: &mut Lines,
-        flight: &mut VecDeque<(Vec<Item>, Run)>,
+        feed: &mut Feed,
+        flight: &mut VecDeque<Flying>,
     ) -> Result<(), Failure> {
-        let mut held: Option<Item> = None;
-        let mut more = true;
+        // An early one that takes long must not leave the worker's other sequences empty.
+        let ahead = match lent.sequences() {
+            1 => AHEAD,
+            many => many * 2 + AHEAD,
+        };
         loop {
-            while more && flight.len() < AHEAD {
-                let batch = self.next_batch(lines, &mut held).await?;
+            while (feed.more || !feed.again.is_empty()) && flight.len() < ahead {
+                let batch = match feed.again.pop_front() {
+                    Some(batch) => batch,
+                    None => self.next_batch(&mut feed.lines, &mut feed.held).await?,
+                };
                 if batch.is_empty() {
-                    more = false;
-                } else {
-                    let run = lent.worker().run(self.work_of(&batch)?)?;
-                    flight.push_back((batch, run));
+                    feed.more = false;
+                    continue;
+                }
+                match self.work_of(&batch).and_then(|work| lent.worker().run(work)) {
+                    Err(error @ (EngineError::Crashed { .. } | EngineError::Hung { .. })) => {
+                        feed.again.push_front(batch);
+                        return Err(Failure::Fell(error.to_string()));
+                    }
+                    // Other leases keep it busy.
+                    Err(EngineError::Busy { .. }) => {
+                        feed.again.push_front(batch);
+                        break;
+                    }
+                    run => flight.push_back((batch, run)),
                 }
             }
-            let Some((_, run)) = flight.front_mut() else {
-                return Ok(());
-            };
-            let event = tokio::select! {
-                event = run.next() => event,
-                () = self.stopped.said() => return Err(Failure::Stopped),
+            let event = match flight.front_mut() {
+                None if feed.again.is_empty() => return Ok(()),
+                None => {
+                    self.nap_until(tokio::time::Instant::now() + Duration::from_millis(50))
+                        .await?;
+                    continue;
+                }
+                Some((_, Err(error))) => Some(Event::Failed {
+                    error: error.clone(),
+                    meters: protocol::Meters::default(),
+                }),
+                Some((_, Ok(run))) => tokio::select! {
+                    event = run.next() => event,
+                    () = self.stopped.said() => return Err(Failure::Stopped),
+                },
             };
             match event {
                 Some(Event::Token(piece)) => self.live_tokens += piece.tokens.len() as u64,
@@ -392,14 +534,38 @@ impl Running {
                         self.results_of(&batch, output, &meters)?;
                     }
                 }
+                Some(Event::Failed { error, .. }) if lent.worker().ended().is_some() => {
+                    // It stays in front, to be done again.
+                    return Err(Failure::Fell(error.to_string()));
+                }
                 Some(Event::Failed { error, meters }) => {
+                    self.live_tokens = 0;
                     add(&mut self.meters, &meters);
                     let batch = flight.pop_front().map(|(batch, _)| batch).unwrap_or_default();
-                    return Err(blame(error, &batch));
+                    self.refused(&batch, error)?;
                 }
                 None => return Err(Failure::Node("the worker ended a run without a word".into())),
             }
             self.progress();
+        }
+    }
+
+    /// What comes of a line that cannot be done: its error, or that of the lease.
+    fn refused(&mut self, batch: &[Item], error: EngineError) -> Result<(), Failure> {
+        let keep_going = matches!(&self.job.order.work, Work::Generate(g) if g.keep_going);
+        let lines_fault = matches!(
+            error,
+            EngineError::BadInput { .. } | EngineError::ContextOverflow { .. }
+        );
+        match batch {
+            [item] if keep_going && lines_fault => {
+                let why = Refused {
+                    kind: error.kind(),
+                    message: error.to_string(),
+                };
+                self.write(item.index, item.id.as_ref(), ErrorLine { error: why })
+            }
+            _ => Err(blame(error, batch)),
         }
     }
 
@@ -429,11 +595,12 @@ impl Running {
         Ok(batch)
     }
 
-    fn work_of(&self, batch: &[Item]) -> Result<protocol::Work, Failure> {
+    fn work_of(&self, batch: &[Item]) -> Result<protocol::Work, EngineError> {
         Ok(match (&self.job.order.work, batch) {
             (Work::Generate(g), [item, ..]) => {
                 let system = Some(g.system.clone()).filter(|s| !s.is_empty());
                 let prompt = match &item.asked {
+                    Asked::Unreadable(why) => return Err(bad_input(why.clone())),
                     Asked::Text(text) if g.raw => Prompt::Raw { text: text.clone() },
                     Asked::Text(text) => Prompt::Text {
                         text: text.clone(),
@@ -449,7 +616,11 @@ impl Running {
                         }
                     }
                 };
-                let request = item.wishes.request(g, prompt, item.index).map_err(Failure::Job)?;
+                let mut request = item.wishes.request(g, prompt, item.index).map_err(bad_input)?;
+                request.adapter = g.adapter.as_ref().map(|adapter| protocol::Adapter {
+                    file: adapter_name(adapter),
+                    scale: 1.0,
+                });
                 protocol::Work::Generate(request)
             }
             _ => protocol::Work::Embed {
@@ -457,7 +628,7 @@ impl Running {
                     .iter()
                     .map(|item| match &item.asked {
                         Asked::Text(text) => text.clone(),
-                        Asked::Messages(_) => String::new(),
+                        Asked::Messages(_) | Asked::Unreadable(_) => String::new(),
                     })
                     .collect(),
             },
@@ -492,6 +663,15 @@ impl Running {
             )),
         }
     }
+}
+
+fn bad_input(reason: String) -> EngineError {
+    EngineError::BadInput { reason }
+}
+
+/// What an adapter is called in its worker's directory.
+fn adapter_name(adapter: &ArtifactRef) -> String {
+    format!("{}.gguf", adapter.digest)
 }
 
 /// Names the lines at fault where it is the input's fault.

@@ -1,5 +1,5 @@
 use super::*;
-use crate::{artifacts::Artifacts, stop::stop};
+use crate::{artifacts::Artifacts, daemon::WorkerProgram, stop::stop};
 use karez_core::{
     artifact::ArtifactRef,
     id::JobId,
@@ -8,7 +8,7 @@ use karez_core::{
     unit::{Credits, UtcMillis},
 };
 use karez_net::store::ArtifactStore;
-use std::sync::Mutex;
+use std::{path::Path, sync::Mutex};
 
 struct Bench {
     _dir: tempfile::TempDir,
@@ -29,13 +29,20 @@ fn bench() -> Bench {
         Default::default(),
     )
     .unwrap();
-    let warm = Warm::new(None, Duration::from_secs(1), Bytes(1 << 30));
+    let keep = WarmPolicy {
+        stay: Duration::from_secs(60),
+        memory: Bytes(2 << 30),
+        pinned: Vec::new(),
+    };
+    let warm = Warm::new(worker_program(), keep);
     Bench {
         _dir: dir,
         tools: Tools {
             artifacts,
             scratch,
             warm,
+            threads: 2,
+            sequences: 4,
         },
     }
 }
@@ -72,6 +79,48 @@ fn job(bench: &Bench, work: Work, input: &[u8], first_item: u64, items: u64) -> 
         gpus: Vec::new(),
         context_tokens: None,
     }
+}
+
+/// The worker that the workspace's build leaves beside the tests.
+fn worker_program() -> Option<WorkerProgram> {
+    let here = std::env::current_exe().unwrap();
+    let folder = here.parent().and_then(Path::parent).unwrap();
+    let path = folder.join("karez-worker");
+    let args = Vec::new();
+    path.exists().then_some(WorkerProgram { path, args })
+}
+
+fn generate_with(bench: &Bench, max_tokens: u32) -> Generate {
+    assert!(
+        worker_program().is_some(),
+        "these tests run real models: build the worker with `cargo build -p karez-engine --bins`, or test with --workspace"
+    );
+    let model = bench
+        .tools
+        .artifacts
+        .store()
+        .add_bytes(karez_engine::shipped::MODEL)
+        .unwrap();
+    Generate {
+        raw: true,
+        ..Generate::greedy(model, "karez-tiny", max_tokens)
+    }
+}
+
+fn lines_of(bench: &Bench, ended: &Ended) -> Vec<serde_json::Value> {
+    let Exit::Done(result) = &ended.exit else {
+        panic!("{:?}", ended.exit)
+    };
+    let text = bench
+        .tools
+        .artifacts
+        .store()
+        .read(result, Bytes(64 << 20))
+        .unwrap();
+    let text = String::from_utf8(text).unwrap();
+    text.lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect()
 }
 
 fn embed_with(bench: &Bench) -> Work {
@@ -182,5 +231,167 @@ async fn an_input_that_is_not_here_fails_this_node_only() {
         matches!(ended.exit, Exit::Failed { retryable: true, .. }),
         "{:?}",
         ended.exit
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn leases_on_one_model_share_its_worker() {
+    let bench = bench();
+    let work = Work::Generate(generate_with(&bench, 12));
+    let input: String = (0..30).map(|n| format!("\"water {n}\"\n")).collect();
+    let jobs = [0, 10, 20].map(|first| job(&bench, work.clone(), input.as_bytes(), first, 10));
+    let mut stoppers = Vec::new();
+    let mut runs = Vec::new();
+    for job in jobs {
+        let (stopper, stopped) = stop();
+        stoppers.push(stopper);
+        runs.push(run(job, &bench.tools, stopped, Box::new(|_| {})));
+    }
+    let runs = runs.into_iter();
+    let (mut all, mut pins) = (Vec::new(), Vec::new());
+    let ended = futures_join(runs.collect()).await;
+    // One process served all three.
+    assert_eq!(bench.tools.warm.idle(), 1);
+    for ended in ended {
+        assert!(ended.meters.tokens_out > 0, "{:?}", ended.exit);
+        all.extend(lines_of(&bench, &ended));
+        pins.push(ended.pin);
+    }
+    let indexes: Vec<u64> = all.iter().map(|line| line["index"].as_u64().unwrap()).collect();
+    assert_eq!(indexes, (0..30).collect::<Vec<_>>());
+    assert!(all.iter().all(|line| line["text"].is_string()));
+    bench.tools.warm.close();
+    assert_eq!(bench.tools.warm.idle(), 0);
+}
+
+/// Runs them side by side, in this task.
+async fn futures_join<T>(futures: Vec<impl Future<Output = T>>) -> Vec<T> {
+    let mut waiting: Vec<_> = futures.into_iter().map(|one| Some(Box::pin(one))).collect();
+    let mut done: Vec<Option<T>> = waiting.iter().map(|_| None).collect();
+    std::future::poll_fn(|context| {
+        for (slot, result) in waiting.iter_mut().zip(&mut done) {
+            if let Some(one) = slot
+                && let std::task::Poll::Ready(value) = one.as_mut().poll(context)
+            {
+                *result = Some(value);
+                *slot = None;
+            }
+        }
+        if waiting.iter().all(Option::is_none) {
+            std::task::Poll::Ready(())
+        } else {
+            std::task::Poll::Pending
+        }
+    })
+    .await;
+    done.into_iter().flatten().collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_that_dies_is_replaced_and_every_line_is_answered_once() {
+    let bench = bench();
+    let work = Work::Generate(generate_with(&bench, 40));
+    let count = 1500;
+    let input: String = (0..count).map(|n| format!("\"{n} water flows\"\n")).collect();
+    let job = job(&bench, work, input.as_bytes(), 0, count);
+    let (_stopper, stopped) = stop();
+    let done = Arc::new(Mutex::new(0));
+    let told = done.clone();
+    let tell = Box::new(move |m: WorkerMeters| *told.lock().unwrap() = m.items);
+    let killing = async {
+        // Once it is at work.
+        let before = loop {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+            if *done.lock().unwrap() > 0
+                && let [pid] = bench.tools.warm.pids().as_slice()
+            {
+                break *pid;
+            }
+        };
+        let pid = rustix::process::Pid::from_raw(i32::try_from(before).unwrap()).unwrap();
+        // Rust's handler takes the first for a stack overflow that was none, steps aside, and lets a real fault come again.
+        for _ in 0..2 {
+            rustix::process::kill_process(pid, rustix::process::Signal::SEGV).unwrap();
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        let died = Instant::now();
+        let at = *done.lock().unwrap();
+        while !bench.tools.warm.pids().iter().any(|pid| *pid != before)
+            && died.elapsed() < Duration::from_secs(30)
+        {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        (at, died.elapsed())
+    };
+    let (ended, (at, back)) = tokio::join!(run(job, &bench.tools, stopped, tell), killing);
+    assert!(at < count, "it was killed too late to matter");
+    assert!(back < Duration::from_secs(10), "{back:?}");
+    let lines = lines_of(&bench, &ended);
+    let indexes: Vec<u64> = lines.iter().map(|line| line["index"].as_u64().unwrap()).collect();
+    assert_eq!(indexes, (0..count).collect::<Vec<_>>());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_line_at_fault_is_answered_with_its_error_when_the_order_says_so() {
+    let bench = bench();
+    let strict = generate_with(&bench, 4);
+    let long = "water ".repeat(3000);
+    let input = format!(
+        "{{\"prompt\":\"water\",\"id\":\"a\",\"logprobs\":1}}\nno json\n{{\"prompt\":\"{long}\",\"id\":\"c\"}}\n\
+         {{\"prompt\":\"x\",\"id\":\"d\",\"temperature\":-3}}\n{{\"prompt\":\"x\",\"id\":\"e\",\"max_tokens\":2}}\n"
+    );
+    let lenient = Generate {
+        keep_going: true,
+        ..strict.clone()
+    };
+    let (_stopper, stopped) = stop();
+    let of = |work| job(&bench, Work::Generate(work), input.as_bytes(), 0, 5);
+    let ended = run(of(lenient), &bench.tools, stopped.clone(), Box::new(|_| {})).await;
+    let lines = lines_of(&bench, &ended);
+    let ids: Vec<&str> = lines
+        .iter()
+        .map(|line| line["id"].as_str().unwrap_or(""))
+        .collect();
+    assert_eq!(ids, ["a", "", "c", "d", "e"]);
+    assert_eq!(
+        lines[0]["logprobs"].as_array().unwrap().len() as u64,
+        lines[0]["tokens_out"].as_u64().unwrap()
+    );
+    for (line, kind, says) in [
+        (1, "bad_input", "not JSON"),
+        (2, "context_overflow", "the context holds"),
+        (3, "bad_input", "temperature is -3"),
+    ] {
+        let error = &lines[line]["error"];
+        assert_eq!(error["kind"], kind, "{error}");
+        assert!(error["message"].as_str().unwrap().contains(says), "{error}");
+    }
+    assert!(lines[4]["tokens_out"].as_u64().unwrap() <= 2);
+    let ended = run(of(strict), &bench.tools, stopped, Box::new(|_| {})).await;
+    let Exit::Failed {
+        why,
+        retryable: false,
+    } = ended.exit
+    else {
+        panic!("{:?}", ended.exit)
+    };
+    assert!(why.contains("line 2 of the input is not JSON"), "{why}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_model_that_does_not_fit_is_refused_with_the_figures() {
+    let bench = bench();
+    let work = Work::Generate(generate_with(&bench, 4));
+    let mut small = job(&bench, work, b"\"a\"\n", 0, 1);
+    small.memory = Bytes(20 << 20);
+    let (_stopper, stopped) = stop();
+    let ended = run(small, &bench.tools, stopped, Box::new(|_| {})).await;
+    let Exit::Failed { why, retryable: true } = ended.exit else {
+        panic!("{:?}", ended.exit)
+    };
+    assert!(why.contains("MiB of memory and may use 20 MiB"), "{why}");
+    assert!(
+        bench.tools.warm.pids().is_empty(),
+        "no process was started for it"
     );
 }

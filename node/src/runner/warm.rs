@@ -1,7 +1,8 @@
-//! Workers that stay for the next lease, with their model loaded.
+//! The node's workers: each holds one model, serves several leases at a time, and stays for the next ones.
 //!
-//! Bounded by the memory the owner lends: a new worker makes the idle ones leave, the longest unused first. An idle
-//! worker leaves by itself after a while, and at once when the owner reclaims.
+//! Leases on the same model share its worker. Memory is planned before a model is loaded: workers without a lease leave to
+//! make room, the longest unused first and pinned ones never; a model that still does not fit is refused with the figures.
+//! A worker without a lease leaves by itself after a while, and at once when the owner reclaims.
 use crate::{artifacts::Model, daemon::WorkerProgram};
 use karez_core::{artifact::ArtifactRef, unit::Bytes};
 use karez_engine::{
@@ -10,32 +11,44 @@ use karez_engine::{
 };
 use std::{
     ffi::OsString,
+    path::{Path, PathBuf},
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError, Weak,
         atomic::{AtomicU64, Ordering},
     },
     time::Duration,
 };
 
-/// Idle workers at most, whatever the memory.
+/// Workers without a lease at most, whatever the memory.
 const IDLE_MAX: usize = 8;
+/// Leases that share one worker at most.
+const SHARED_MAX: usize = 32;
 
 /// Workers with equal keys are interchangeable.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct ModelKey {
     pub(super) kind: LoadKind,
     pub(super) model: ArtifactRef,
-    pub(super) threads: u16,
     /// The GPUs it sees.
     pub(super) gpus: Vec<String>,
+}
+
+/// How the owner wants models kept.
+#[derive(Debug, Clone)]
+pub(crate) struct WarmPolicy {
+    /// How long a worker stays without a lease.
+    pub(crate) stay: Duration,
+    /// Memory of all workers together.
+    pub(crate) memory: Bytes,
+    /// Beginnings of the digests of models that stay once they are loaded.
+    pub(crate) pinned: Vec<String>,
 }
 
 /// All workers of the node.
 #[derive(Debug)]
 pub(crate) struct Warm {
     program: Option<WorkerProgram>,
-    stay: Duration,
-    memory: Bytes,
+    policy: WarmPolicy,
     /// Memory of every worker that lives, idle or at work.
     used: Arc<AtomicU64>,
     state: Mutex<State>,
@@ -43,27 +56,64 @@ pub(crate) struct Warm {
 
 #[derive(Debug, Default)]
 struct State {
-    /// Longest unused first. Dropping one ends its process.
-    idle: Vec<Idle>,
-    next: u64,
+    workers: Vec<Entry>,
+    /// Held by whoever loads a model, so that two leases do not load it twice.
+    loading: Vec<(ModelKey, Weak<tokio::sync::Mutex<()>>)>,
+    /// Rises with every use.
+    clock: u64,
     /// The owner wants the machine: nobody stays.
     closed: bool,
 }
 
 #[derive(Debug)]
-struct Idle {
-    number: u64,
-    lent: Lent,
+struct Entry {
+    held: Arc<Held>,
+    leases: usize,
+    /// When a lease last came or went.
+    used: u64,
+    pinned: bool,
 }
 
-/// A worker with its model. Killed when dropped; [`Warm::give_back`] keeps it for the next lease.
+/// A worker with its model. Its process ends when the last one who holds it lets go.
 #[derive(Debug)]
-pub(super) struct Lent {
+struct Held {
     key: ModelKey,
     worker: Worker,
     /// The model must stay in the store while the worker maps it.
     _model: Model,
-    _memory: Reserved,
+    adapters: Folder,
+    sequences: u16,
+    memory: Reserved,
+}
+
+/// A directory that is gone when dropped.
+#[derive(Debug)]
+pub(super) struct Folder(pub(super) PathBuf);
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        // A few links; what remains is swept at the next start.
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+/// A lease's part in a worker, until dropped.
+#[derive(Debug)]
+pub(super) struct Lent {
+    held: Arc<Held>,
+    warm: Arc<Warm>,
+}
+
+/// What to start.
+pub(super) struct Start {
+    pub(super) key: ModelKey,
+    pub(super) load: Load,
+    /// What it will take.
+    pub(super) memory: Bytes,
+    pub(super) model: Model,
+    /// Where adapters will be put for it.
+    pub(super) adapters: Folder,
+    pub(super) load_max: Duration,
 }
 
 /// Memory set aside for a worker, until dropped.
@@ -80,21 +130,35 @@ impl Drop for Reserved {
 }
 
 impl Lent {
-    /// The worker.
+    /// The worker. Others may be using it too.
     pub(super) fn worker(&self) -> &Worker {
-        &self.worker
+        &self.held.worker
+    }
+
+    /// Generations it computes at a time.
+    pub(super) fn sequences(&self) -> usize {
+        self.held.sequences.into()
+    }
+
+    /// The directory of the adapters it may read.
+    pub(super) fn adapters(&self) -> &Path {
+        &self.held.adapters.0
+    }
+}
+
+impl Drop for Lent {
+    fn drop(&mut self) {
+        self.warm.clone().given_back(&self.held);
     }
 }
 
 impl Warm {
-    pub(crate) fn new(program: Option<WorkerProgram>, stay: Duration, memory: Bytes) -> Arc<Self> {
-        let (used, state) = (Arc::default(), Mutex::default());
+    pub(crate) fn new(program: Option<WorkerProgram>, policy: WarmPolicy) -> Arc<Self> {
         Arc::new(Self {
             program,
-            stay,
-            memory,
-            used,
-            state,
+            policy,
+            used: Arc::default(),
+            state: Mutex::default(),
         })
     }
 
@@ -104,14 +168,35 @@ impl Warm {
 
     /// How many wait for work.
     pub(crate) fn idle(&self) -> usize {
-        self.state().idle.len()
+        self.state()
+            .workers
+            .iter()
+            .filter(|entry| entry.leases == 0)
+            .count()
+    }
+
+    /// The processes.
+    #[cfg(test)]
+    pub(super) fn pids(&self) -> Vec<u32> {
+        self.state()
+            .workers
+            .iter()
+            .map(|entry| entry.held.worker.pid())
+            .collect()
+    }
+
+    /// Whether any worker is at work.
+    pub(super) fn is_busy(&self) -> bool {
+        self.state().workers.iter().any(|entry| entry.leases > 0)
     }
 
     /// Every idle worker leaves now; until opened again, none stays after its work.
     pub(crate) fn close(&self) {
         let mut state = self.state();
         state.closed = true;
-        state.idle.clear();
+        let leaving = state.take(|entry| entry.leases == 0);
+        drop(state);
+        drop(leaving);
     }
 
     /// Workers may stay again.
@@ -119,24 +204,52 @@ impl Warm {
         self.state().closed = false;
     }
 
-    /// An idle worker with this model.
-    pub(super) fn take(&self, key: &ModelKey) -> Option<Lent> {
+    /// A part in a worker that has this model.
+    pub(super) fn lend(self: &Arc<Self>, key: &ModelKey) -> Option<Lent> {
         let mut state = self.state();
-        // The dead among the idle are of no use to anyone.
-        state.idle.retain(|idle| idle.lent.worker.ended().is_none());
-        let found = state.idle.iter().rposition(|idle| idle.lent.key == *key)?;
-        Some(state.idle.remove(found).lent)
+        // The dead are of no use to anyone.
+        let dead = state.take(|entry| entry.held.worker.ended().is_some());
+        state.clock += 1;
+        let now = state.clock;
+        let fits = |entry: &&mut Entry| entry.held.key == *key && entry.leases < SHARED_MAX;
+        let found = state.workers.iter_mut().find(fits).map(|entry| {
+            entry.leases += 1;
+            entry.used = now;
+            Arc::clone(&entry.held)
+        });
+        drop(state);
+        drop(dead);
+        found.map(|held| Lent {
+            held,
+            warm: Arc::clone(self),
+        })
     }
 
-    /// Starts a worker and loads the model; idle ones leave to make room for its `memory`.
-    pub(super) async fn start(
-        &self,
-        key: ModelKey,
-        load: Load,
-        memory: Bytes,
-        model: Model,
-        load_max: Duration,
-    ) -> Result<Lent, EngineError> {
+    /// The right to load this model. Whoever waited for it should look for a worker again first.
+    pub(super) async fn turn(&self, key: &ModelKey) -> tokio::sync::OwnedMutexGuard<()> {
+        let turn = {
+            let mut state = self.state();
+            state.loading.retain(|(_, turn)| turn.strong_count() > 0);
+            let known = state.loading.iter().find(|(known, _)| known == key);
+            known.and_then(|(_, turn)| turn.upgrade()).unwrap_or_else(|| {
+                let turn = Arc::default();
+                state.loading.push((key.clone(), Arc::downgrade(&turn)));
+                turn
+            })
+        };
+        turn.lock_owned().await
+    }
+
+    /// Starts a worker and loads the model; idle ones leave to make room for it.
+    pub(super) async fn start(self: &Arc<Self>, start: Start) -> Result<Lent, EngineError> {
+        let Start {
+            key,
+            load,
+            memory,
+            model,
+            adapters,
+            load_max,
+        } = start;
         let none = || EngineError::Unsupported {
             reason: "this node has no worker program".into(),
         };
@@ -150,25 +263,51 @@ impl Warm {
             silence_max: Some(super::SILENCE_MAX),
         };
         let worker = Worker::spawn(&program.path, &program.args, options).await?;
+        let sequences = load.sequences.unwrap_or(1);
         worker.load(load, Some(load_max)).await?;
-        Ok(Lent {
+        let digest = key.model.digest.to_string();
+        let pinned = self
+            .policy
+            .pinned
+            .iter()
+            .any(|pin| digest.starts_with(pin.as_str()));
+        let held = Arc::new(Held {
             key,
             worker,
             _model: model,
-            _memory: reserved,
+            adapters,
+            sequences,
+            memory: reserved,
+        });
+        let mut state = self.state();
+        state.clock += 1;
+        let used = state.clock;
+        state.workers.push(Entry {
+            held: Arc::clone(&held),
+            leases: 1,
+            used,
+            pinned,
+        });
+        drop(state);
+        Ok(Lent {
+            held,
+            warm: Arc::clone(self),
         })
     }
 
     fn reserve(&self, memory: Bytes, gpus: &[String]) -> Result<Reserved, EngineError> {
         // What a GPU holds is not memory of the machine; idle workers leave it all the same.
         let bytes = if gpus.is_empty() { memory.0 } else { 0 };
+        let mut leaving = Vec::new();
         let mut state = self.state();
-        state
-            .idle
-            .retain(|idle| !idle.lent.key.gpus.iter().any(|gpu| gpus.contains(gpu)));
+        leaving.extend(
+            state.take(|entry| entry.leases == 0 && entry.held.key.gpus.iter().any(|gpu| gpus.contains(gpu))),
+        );
         loop {
-            let used = self.used.load(Ordering::Relaxed);
-            if used.saturating_add(bytes) <= self.memory.0 {
+            // Those that leave are counted until they have gone, which is before this returns.
+            let going: u64 = leaving.iter().map(|held: &Arc<Held>| held.memory.bytes).sum();
+            let used = self.used.load(Ordering::Relaxed).saturating_sub(going);
+            if used.saturating_add(bytes) <= self.policy.memory.0 {
                 // Only grows under the lock, so what was free a line ago still is.
                 self.used.fetch_add(bytes, Ordering::Relaxed);
                 return Ok(Reserved {
@@ -176,37 +315,84 @@ impl Warm {
                     bytes,
                 });
             }
-            if state.idle.is_empty() {
+            let idle = state
+                .workers
+                .iter()
+                .filter(|entry| entry.leases == 0 && !entry.pinned);
+            let Some(oldest) = idle.map(|entry| entry.used).min() else {
                 return Err(EngineError::TooLarge {
                     needs: karez_engine::unit::Bytes(bytes),
-                    has: karez_engine::unit::Bytes(self.memory.0.saturating_sub(used)),
+                    has: karez_engine::unit::Bytes(self.policy.memory.0.saturating_sub(used)),
                 });
-            }
-            state.idle.remove(0);
+            };
+            leaving.extend(state.take(|entry| entry.leases == 0 && !entry.pinned && entry.used == oldest));
         }
     }
 
-    /// The lease is over: the worker may serve the next one, unless it is not fit to or the owner wants it gone.
-    pub(super) fn give_back(self: &Arc<Self>, lent: Lent) {
-        if lent.worker.runs() > 0 || lent.worker.ended().is_some() || self.stay.is_zero() {
-            return;
-        }
+    /// A lease is over: its worker may serve others, unless it is not fit to or the owner wants it gone.
+    fn given_back(self: Arc<Self>, held: &Arc<Held>) {
         let mut state = self.state();
-        if state.closed {
+        state.clock += 1;
+        let now = state.clock;
+        let (closed, at_once) = (state.closed, self.policy.stay.is_zero());
+        let Some(entry) = state
+            .workers
+            .iter_mut()
+            .find(|entry| Arc::ptr_eq(&entry.held, held))
+        else {
+            return;
+        };
+        entry.leases = entry.leases.saturating_sub(1);
+        entry.used = now;
+        if entry.leases > 0 {
             return;
         }
-        if state.idle.len() >= IDLE_MAX {
-            state.idle.remove(0);
+        let unfit = held.worker.ended().is_some() || closed || (at_once && !entry.pinned);
+        let mut leaving = state.take(|entry| unfit && Arc::ptr_eq(&entry.held, held));
+        let idle = |state: &State| {
+            state
+                .workers
+                .iter()
+                .filter(|e| e.leases == 0 && !e.pinned)
+                .count()
+        };
+        if idle(&state) > IDLE_MAX {
+            let mut ages: Vec<u64> = state
+                .workers
+                .iter()
+                .filter(|e| e.leases == 0 && !e.pinned)
+                .map(|e| e.used)
+                .collect();
+            ages.sort_unstable();
+            leaving.extend(
+                state.take(|entry| entry.leases == 0 && !entry.pinned && Some(&entry.used) == ages.first()),
+            );
         }
-        let number = state.next;
-        state.next += 1;
-        state.idle.push(Idle { number, lent });
         drop(state);
-        tokio::spawn(self.clone().expire(number));
+        drop(leaving);
+        if !unfit && let Ok(runtime) = tokio::runtime::Handle::try_current() {
+            runtime.spawn(self.expire(Arc::downgrade(held), now));
+        }
     }
 
-    async fn expire(self: Arc<Self>, number: u64) {
-        tokio::time::sleep(self.stay).await;
-        self.state().idle.retain(|idle| idle.number != number);
+    async fn expire(self: Arc<Self>, held: Weak<Held>, since: u64) {
+        tokio::time::sleep(self.policy.stay).await;
+        let Some(held) = held.upgrade() else { return };
+        let mut state = self.state();
+        let leaving = state.take(|entry| {
+            Arc::ptr_eq(&entry.held, &held) && entry.leases == 0 && entry.used == since && !entry.pinned
+        });
+        drop(state);
+        drop(leaving);
+    }
+}
+
+impl State {
+    /// Takes out those that `leave`. To be dropped without the lock: that ends processes.
+    fn take(&mut self, leave: impl Fn(&Entry) -> bool) -> Vec<Arc<Held>> {
+        let (leaving, staying) = std::mem::take(&mut self.workers).into_iter().partition(leave);
+        self.workers = staying;
+        let leaving: Vec<Entry> = leaving;
+        leaving.into_iter().map(|entry| entry.held).collect()
     }
 }

@@ -1,117 +1,170 @@
-//! Text generation from GGUF files by llama.cpp.
+//! GGUF models by llama.cpp: loading, tokens and text.
 //!
-//! A prompt is computed in steps of [`STEP_TOKENS`] from its beginning. What a later prompt shares with the one
-//! before is reused in whole steps only, so each step is always computed in the same company: an answer never
-//! depends on what was asked before it.
+//! - [`batch`]: generations, many at a time. [`sample`]: the next token of one. [`grammar`]: JSON schemas.
+//! - [`adapters`]: LoRA for single requests. [`embed`]: vectors.
+mod adapters;
+mod batch;
+mod embed;
+mod grammar;
+mod sample;
+
 use std::ffi::{CStr, c_char, c_void};
 use std::num::NonZeroU32;
+use std::ptr::NonNull;
 
 use llama_cpp_2::context::LlamaContext;
 use llama_cpp_2::context::params::LlamaContextParams;
 use llama_cpp_2::llama_backend::LlamaBackend;
-use llama_cpp_2::llama_batch::LlamaBatch;
 use llama_cpp_2::model::LlamaModel;
 use llama_cpp_2::model::params::LlamaModelParams;
-use llama_cpp_2::sampling::LlamaSampler;
 use llama_cpp_2::token::LlamaToken;
 
 use super::chat::{self, ChatTemplate};
-use super::{Desk, Engine};
 use crate::error::EngineError;
 use crate::inspect::{ModelFile, STEP_TOKENS};
 use crate::probe::{self, Isa};
-use crate::protocol::{Finish, Generate, Isolation, Load, ModelFacts, Output, Prompt, STOPS_MAX, Work};
-use crate::text::TextStream;
+use crate::protocol::{Isolation, Load, ModelFacts, Prompt};
+pub(super) use batch::Batcher;
+pub(super) use embed::Embedder;
 
 /// The version of the crate that carries the vendored llama.cpp; the workspace pins it.
 const VERSION: &str = "0.1.161";
-/// The one sequence of this loop. Continuous batching would hand out more.
-const SEQUENCE: i32 = 0;
 
-pub(super) struct Llama {
-    model: &'static LlamaModel,
-    context: LlamaContext<'static>,
-    batch: LlamaBatch<'static>,
-    /// Tokens of the last prompt that are in the cache as whole steps.
-    cached: Vec<LlamaToken>,
+/// A model with what is needed to go from text to tokens and back.
+struct Model {
+    /// Lives until the process ends. A context is no reference to it in Rust's sense, so that adapters can be added.
+    raw: NonNull<LlamaModel>,
     template: Option<Result<ChatTemplate, String>>,
     bos: String,
     facts: ModelFacts,
 }
 
-impl Llama {
-    pub(super) fn load(load: &Load, file: &ModelFile, threads: u16) -> Result<Self, EngineError> {
-        let engine = instruction_set()?;
-        forward_warnings();
-        let unusable = |error: &dyn std::fmt::Display| {
-            EngineError::bad_model(
-                &load.model,
-                format!("llama.cpp cannot load it: {error}; the worker's log says more"),
-            )
-        };
-        let backend = LlamaBackend::init().map_err(|error| unusable(&error))?;
-        let gpu = cfg!(any(feature = "cuda", feature = "vulkan", feature = "metal"));
-        let layers = if gpu { load.gpu_layers.unwrap_or(999) } else { 0 };
-        let params = LlamaModelParams::default().with_n_gpu_layers(layers);
-        let model =
-            LlamaModel::load_from_file(&backend, &load.model, &params).map_err(|error| unusable(&error))?;
-        // A process holds one model until it ends.
-        let (backend, model): (&'static _, &'static _) =
-            (Box::leak(Box::new(backend)), Box::leak(Box::new(model)));
-        let made_for = model.n_ctx_train();
-        let context_tokens =
-            file.context_for(load.context_tokens)
-                .min(if made_for == 0 { u32::MAX } else { made_for });
-        let params = LlamaContextParams::default()
-            .with_n_ctx(NonZeroU32::new(context_tokens))
-            .with_n_batch(STEP_TOKENS)
-            .with_n_ubatch(STEP_TOKENS)
-            .with_n_threads(i32::from(threads))
-            .with_n_threads_batch(i32::from(threads));
-        let context = model
+/// Loads a model for generations.
+pub(super) fn load(load: &Load, file: &ModelFile, threads: u16) -> Result<Batcher, EngineError> {
+    let (backend, model) = open(load, file, threads)?;
+    let sequences = load.sequences.unwrap_or(1);
+    let params = LlamaContextParams::default()
+        .with_n_ctx(NonZeroU32::new(load.cache_for(model.facts.context_tokens)))
+        .with_n_batch(STEP_TOKENS)
+        .with_n_ubatch(STEP_TOKENS)
+        .with_n_seq_max(sequences.into())
+        .with_kv_unified(true)
+        .with_n_threads(i32::from(threads))
+        .with_n_threads_batch(i32::from(threads));
+    let context = model.context(backend, params, load)?;
+    Ok(Batcher::new(
+        model,
+        context,
+        adapters::Adapters::new(load),
+        sequences,
+    ))
+}
+
+fn unusable(load: &Load, error: &dyn std::fmt::Display) -> EngineError {
+    EngineError::bad_model(
+        &load.model,
+        format!("llama.cpp cannot load it: {error}; the worker's log says more"),
+    )
+}
+
+fn failed(error: &dyn std::fmt::Display) -> EngineError {
+    EngineError::Crashed {
+        how: format!("llama.cpp: {error}"),
+    }
+}
+
+/// Loads the weights and what the file says about text.
+fn open(load: &Load, file: &ModelFile, threads: u16) -> Result<(&'static LlamaBackend, Model), EngineError> {
+    let engine = instruction_set()?;
+    forward_warnings();
+    let backend = LlamaBackend::init().map_err(|error| unusable(load, &error))?;
+    let gpu = cfg!(any(feature = "cuda", feature = "vulkan", feature = "metal"));
+    let layers = if gpu { load.gpu_layers.unwrap_or(999) } else { 0 };
+    let params = LlamaModelParams::default().with_n_gpu_layers(layers);
+    let model =
+        LlamaModel::load_from_file(&backend, &load.model, &params).map_err(|error| unusable(load, &error))?;
+    // A process holds one model until it ends.
+    let backend: &'static LlamaBackend = Box::leak(Box::new(backend));
+    let made_for = model.n_ctx_train();
+    let context_tokens =
+        file.context_for(load.context_tokens)
+            .min(if made_for == 0 { u32::MAX } else { made_for });
+    let vocab = model.vocab();
+    let piece = |token: LlamaToken| {
+        if token.0 < 0 {
+            String::new()
+        } else {
+            String::from_utf8_lossy(&vocab.token_to_piece(token, true, None)).into_owned()
+        }
+    };
+    let (bos, eos) = (piece(vocab.bos()), piece(vocab.eos()));
+    let template = model
+        .chat_template(None)
+        .ok()
+        .and_then(|template| template.to_string().ok());
+    let template =
+        template.map(|source| ChatTemplate::new(source, bos.clone(), eos).map_err(|error| error.to_string()));
+    let facts = ModelFacts {
+        name: file.name.clone(),
+        architecture: file.architecture.clone(),
+        context_tokens,
+        parameters: file.parameters,
+        dimensions: None,
+        memory_estimate: file.memory_estimate(load.cache_for(context_tokens)),
+        engine,
+        threads,
+        isolation: Isolation::None,
+    };
+    let model = Model {
+        raw: NonNull::from(Box::leak(Box::new(model))),
+        template,
+        bos,
+        facts,
+    };
+    Ok((backend, model))
+}
+
+impl Model {
+    fn get(&self) -> &LlamaModel {
+        #[expect(unsafe_code, reason = "a leaked box, see `raw`")]
+        // SAFETY: it is never freed, and `with_mut` needs this model mutably.
+        unsafe {
+            self.raw.as_ref()
+        }
+    }
+
+    fn with_mut<T>(&mut self, change: impl FnOnce(&mut LlamaModel) -> T) -> T {
+        #[expect(unsafe_code, reason = "a leaked box, see `raw`")]
+        // SAFETY: it is never freed, references from `get` end before this one begins, and nothing runs beside it.
+        change(unsafe { self.raw.as_mut() })
+    }
+
+    /// A context over this model, which lives as long as the process.
+    fn context(
+        &self,
+        backend: &LlamaBackend,
+        params: LlamaContextParams,
+        load: &Load,
+    ) -> Result<LlamaContext<'static>, EngineError> {
+        #[expect(unsafe_code, reason = "a leaked box, see `raw`")]
+        // SAFETY: it is never freed. The context keeps a pointer of its own and no reference.
+        let model: &'static LlamaModel = unsafe { &*self.raw.as_ptr() };
+        model
             .new_context(backend, params)
-            .map_err(|error| unusable(&error))?;
-        let vocab = model.vocab();
-        let piece = |token: LlamaToken| {
-            if token.0 < 0 {
-                String::new()
-            } else {
-                String::from_utf8_lossy(&vocab.token_to_piece(token, true, None)).into_owned()
-            }
-        };
-        let (bos, eos) = (piece(vocab.bos()), piece(vocab.eos()));
-        let template = model
-            .chat_template(None)
-            .ok()
-            .and_then(|template| template.to_string().ok());
-        let template = template
-            .map(|source| ChatTemplate::new(source, bos.clone(), eos).map_err(|error| error.to_string()));
-        let facts = ModelFacts {
-            name: file.name.clone(),
-            architecture: file.architecture.clone(),
-            context_tokens,
-            parameters: file.parameters,
-            dimensions: None,
-            memory_estimate: file.memory_estimate(context_tokens),
-            engine,
-            threads,
-            isolation: Isolation::None,
-        };
-        let batch = LlamaBatch::new(STEP_TOKENS as usize, 1);
-        Ok(Self {
-            model,
-            context,
-            batch,
-            cached: Vec::new(),
-            template,
-            bos,
-            facts,
-        })
+            .map_err(|error| unusable(load, &error))
+    }
+
+    fn is_end(&self, token: LlamaToken) -> bool {
+        self.get().vocab().is_eog(token)
+    }
+
+    fn piece(&self, token: LlamaToken) -> Vec<u8> {
+        self.get().vocab().token_to_piece(token, false, None)
     }
 
     fn tokens(&self, prompt: &Prompt) -> Result<Vec<LlamaToken>, EngineError> {
-        let vocab = self.model.vocab();
-        let Some(messages) = chat::messages(prompt) else {
+        let vocab = self.get().vocab();
+        let Some((messages, tools)) = chat::messages(prompt) else {
             let Prompt::Raw { text } = prompt else {
                 return Ok(Vec::new());
             };
@@ -130,204 +183,11 @@ impl Llama {
                 ));
             }
         };
-        let text = template.render(&messages)?;
+        let text = template.render(&messages, tools)?;
         // Most templates write the beginning-of-text token themselves; it must not come twice.
         let begun = !self.bos.is_empty() && text.starts_with(&self.bos);
         Ok(vocab.tokenize(text.as_bytes(), !begun, true))
     }
-
-    fn generate(&mut self, request: &Generate, desk: &mut Desk<'_>) -> Result<Output, EngineError> {
-        not_yet(request)?;
-        let mut sampler = sampler(request)?;
-        if request.stop.len() > STOPS_MAX {
-            return Err(EngineError::bad_input(format!(
-                "{} stop strings, {STOPS_MAX} are allowed",
-                request.stop.len()
-            )));
-        }
-        let prompt = self.tokens(&request.prompt)?;
-        let limit = self.facts.context_tokens;
-        if prompt.is_empty() {
-            return Err(EngineError::bad_input("the prompt is empty"));
-        }
-        if prompt.len() >= limit as usize {
-            let prompt = u32::try_from(prompt.len()).unwrap_or(u32::MAX);
-            return Err(EngineError::ContextOverflow { prompt, limit });
-        }
-        self.read(&prompt, desk)?;
-
-        let vocab = self.model.vocab();
-        let mut stream = TextStream::new(request.stop.clone());
-        let mut answer = String::new();
-        let mut position = prompt.len() as u32;
-        let most = u64::from(request.max_tokens.unwrap_or(u32::MAX));
-        let finish = loop {
-            if desk.tokens_out >= most {
-                break Finish::Length;
-            }
-            desk.check()?;
-            let token = sampler.sample(&self.context, -1);
-            if vocab.is_eog(token) {
-                break Finish::Stop;
-            }
-            desk.tokens_out += 1;
-            let piece = stream.push(&vocab.token_to_piece(token, false, None));
-            desk.token(&piece);
-            answer.push_str(&piece);
-            if stream.stopped() {
-                break Finish::Stop;
-            }
-            if position + 1 >= limit {
-                break Finish::Context;
-            }
-            self.batch.clear();
-            self.step(&[token], position, true)?;
-            position += 1;
-        };
-        let rest = stream.finish();
-        desk.token(&rest);
-        answer.push_str(&rest);
-        Ok(Output::Text {
-            text: answer,
-            finish,
-            logprobs: Vec::new(),
-        })
-    }
-
-    /// Brings the whole prompt into the cache, and the logits of its last token out.
-    fn read(&mut self, prompt: &[LlamaToken], desk: &mut Desk<'_>) -> Result<(), EngineError> {
-        let step = STEP_TOKENS as usize;
-        let shared = self
-            .cached
-            .iter()
-            .zip(prompt)
-            .take_while(|(old, new)| old == new)
-            .count();
-        // The last token is always computed: its logits are what is wanted.
-        let mut kept = shared.min(prompt.len() - 1) / step * step;
-        self.cached.truncate(kept);
-        if kept == 0
-            || self
-                .context
-                .kv_cache_seq_rm(SEQUENCE, Some(kept as u32), None)
-                .is_err()
-        {
-            // Some architectures cannot forget a part.
-            self.context.clear_kv_cache();
-            self.cached.clear();
-            kept = 0;
-        }
-        desk.tokens_in = kept as u64;
-        desk.tokens_cached = kept as u64;
-        for chunk in prompt[kept..].chunks(step) {
-            desk.check()?;
-            let last = kept + chunk.len() == prompt.len();
-            self.step(chunk, kept as u32, last)?;
-            kept += chunk.len();
-            desk.tokens_in = kept as u64;
-            if chunk.len() == step {
-                self.cached.extend_from_slice(chunk);
-            }
-            if !last {
-                desk.alive();
-            }
-        }
-        Ok(())
-    }
-
-    /// Computes a few tokens at `position`, with logits for the last of them if it is `asked`.
-    fn step(&mut self, tokens: &[LlamaToken], position: u32, asked: bool) -> Result<(), EngineError> {
-        let failed = |error: &dyn std::fmt::Display| EngineError::Crashed {
-            how: format!("llama.cpp: {error}"),
-        };
-        self.batch.clear();
-        for (index, token) in tokens.iter().enumerate() {
-            let position = i32::try_from(position as usize + index).map_err(|error| failed(&error))?;
-            let logits = asked && index + 1 == tokens.len();
-            self.batch
-                .add(*token, position, &[SEQUENCE], logits)
-                .map_err(|error| failed(&error))?;
-        }
-        self.context
-            .decode(&mut self.batch)
-            .map_err(|error| failed(&error))
-    }
-}
-
-impl Engine for Llama {
-    fn facts(&self) -> ModelFacts {
-        self.facts.clone()
-    }
-
-    fn run(&mut self, work: Work, desk: &mut Desk<'_>) -> Result<Output, EngineError> {
-        let Work::Generate(request) = work else {
-            return Err(EngineError::bad_input(
-                "this worker holds a model that generates text",
-            ));
-        };
-        let result = self.generate(&request, desk);
-        if matches!(result, Err(EngineError::Crashed { .. })) {
-            // What is in the cache after a failed step is anyone's guess.
-            self.context.clear_kv_cache();
-            self.cached.clear();
-        }
-        result
-    }
-}
-
-/// Refuses what this engine does not do, rather than pass it over.
-fn not_yet(request: &Generate) -> Result<(), EngineError> {
-    let known = Generate {
-        prompt: request.prompt.clone(),
-        max_tokens: request.max_tokens,
-        temperature: request.temperature,
-        top_k: request.top_k,
-        top_p: request.top_p,
-        seed: request.seed,
-        stop: request.stop.clone(),
-        ..Generate::greedy(request.prompt.clone(), 0)
-    };
-    if known == *request {
-        return Ok(());
-    }
-    Err(EngineError::Unsupported {
-        reason: "this engine samples by temperature, top_k, top_p, seed and stop only".into(),
-    })
-}
-
-fn sampler(request: &Generate) -> Result<LlamaSampler, EngineError> {
-    let Generate {
-        temperature,
-        top_k,
-        top_p,
-        seed,
-        ..
-    } = *request;
-    if !(0.0..=100.0).contains(&temperature) {
-        return Err(EngineError::bad_input(format!(
-            "temperature is {temperature}; 0 to 100 are allowed"
-        )));
-    }
-    if !(top_p > 0.0 && top_p <= 1.0) {
-        return Err(EngineError::bad_input(format!(
-            "top_p is {top_p}; more than 0, up to 1, is allowed"
-        )));
-    }
-    if temperature == 0.0 {
-        return Ok(LlamaSampler::greedy());
-    }
-    let mut chain = Vec::new();
-    if top_k > 0 {
-        chain.push(LlamaSampler::top_k(i32::try_from(top_k).unwrap_or(i32::MAX)));
-    }
-    if top_p < 1.0 {
-        chain.push(LlamaSampler::top_p(top_p, 1));
-    }
-    chain.push(LlamaSampler::temp(temperature));
-    // The largest seed means "draw one" to llama.cpp.
-    let seed = ((seed ^ (seed >> 32)) as u32).min(u32::MAX - 1);
-    chain.push(LlamaSampler::dist(seed));
-    Ok(LlamaSampler::chain_simple(chain))
 }
 
 /// The engine's name with the instruction set it was built for; an error when this processor lacks it.
@@ -381,6 +241,10 @@ unsafe extern "C" fn log_line(level: llama_cpp_sys_2::ggml_log_level, text: *con
     }
     // SAFETY: not null, and llama.cpp hands over a terminated string that lives until this returns.
     let text = unsafe { CStr::from_ptr(text) }.to_string_lossy();
+    // Both are by design: the cache is made for several contexts, and is shared until it is full.
+    if text.contains("possible training context overflow") || text.contains("failed to find a memory slot") {
+        return;
+    }
     eprintln!("llama.cpp: {}", text.trim_end());
 }
 

@@ -1,0 +1,215 @@
+//! The two ways between the engine and its node: requests that wait, and replies on their way out.
+use std::collections::{HashMap, VecDeque};
+use std::fs::File;
+use std::io::Write;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::end;
+use crate::error::EngineError;
+use crate::protocol::{self, Meters, Output, RUNS_MAX, Reply, RunId, Work};
+
+/// After a write, tokens are gathered for this long before the next one: the eye sees no difference, and a fast model
+/// does not spend its time on writing.
+const GATHER: Duration = Duration::from_millis(2);
+/// Replies that wait to be written at most; whoever computes them then waits too.
+const WAITING_MAX: usize = 4096;
+
+/// Runs that wait, and those in progress.
+#[derive(Default)]
+pub(super) struct Inbox {
+    tray: Mutex<Tray>,
+    filled: Condvar,
+}
+
+/// A run, what to do, and whether it was cancelled.
+pub(super) type Arrival = (RunId, Work, Arc<AtomicBool>);
+
+#[derive(Default)]
+struct Tray {
+    waiting: VecDeque<Arrival>,
+    running: HashMap<RunId, Arc<AtomicBool>>,
+}
+
+impl Inbox {
+    fn tray(&self) -> MutexGuard<'_, Tray> {
+        self.tray.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The next run; waits for one if told to. It is in progress until [`Inbox::over`].
+    pub(super) fn take(&self, wait: bool) -> Option<Arrival> {
+        let mut tray = self.tray();
+        loop {
+            if let Some((id, work, cancelled)) = tray.waiting.pop_front() {
+                tray.running.insert(id, Arc::clone(&cancelled));
+                return Some((id, work, cancelled));
+            }
+            if !wait {
+                return None;
+            }
+            tray = self.filled.wait(tray).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// A run has ended.
+    pub(super) fn over(&self, id: RunId) {
+        self.tray().running.remove(&id);
+    }
+
+    /// Takes in a run, unless there are too many.
+    pub(super) fn add(&self, id: RunId, work: Work) -> Result<(), EngineError> {
+        let mut tray = self.tray();
+        if tray.waiting.len() + tray.running.len() >= RUNS_MAX {
+            return Err(EngineError::Busy {
+                limit: RUNS_MAX as u32,
+            });
+        }
+        tray.waiting.push_back((id, work, Arc::default()));
+        self.filled.notify_one();
+        Ok(())
+    }
+
+    /// Stops a run. True when it had not begun: it is then gone, and its end is for the caller to tell.
+    pub(super) fn cancel(&self, id: RunId) -> bool {
+        let mut tray = self.tray();
+        if let Some(cancelled) = tray.running.get(&id) {
+            cancelled.store(true, Ordering::Relaxed);
+            return false;
+        }
+        let before = tray.waiting.len();
+        tray.waiting.retain(|(waiting, ..)| *waiting != id);
+        tray.waiting.len() < before
+    }
+}
+
+/// The way to the node. Written by a thread of its own once that is started.
+pub(super) struct Outlet {
+    file: Mutex<File>,
+    queue: Mutex<Queue>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct Queue {
+    replies: VecDeque<Reply>,
+    /// Something in it should not wait.
+    urgent: bool,
+    /// A thread writes.
+    threaded: bool,
+}
+
+impl Outlet {
+    pub(super) fn new(file: File) -> Self {
+        Self {
+            file: Mutex::new(file),
+            queue: Mutex::default(),
+            changed: Condvar::new(),
+        }
+    }
+
+    fn queue(&self) -> MutexGuard<'_, Queue> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Starts the thread that writes. Not before the sandbox is closed: a thread that exists already would stay free.
+    pub(super) fn start(self: &Arc<Self>) {
+        let outlet = Arc::clone(self);
+        let started = std::thread::Builder::new()
+            .name("replies".into())
+            .spawn(move || outlet.write_for_ever());
+        self.queue().threaded = started.is_ok();
+    }
+
+    /// Says something to the node.
+    pub(super) fn say(&self, reply: Reply) {
+        let mut queue = self.queue();
+        if !queue.threaded {
+            drop(queue);
+            return self.write(&[reply]);
+        }
+        while queue.replies.len() >= WAITING_MAX {
+            queue = self.changed.wait(queue).unwrap_or_else(PoisonError::into_inner);
+        }
+        match (&reply, queue.replies.back_mut()) {
+            // One is as good as two.
+            (Reply::Alive, Some(_)) => return,
+            (
+                Reply::Token { id, piece },
+                Some(Reply::Token {
+                    id: last,
+                    piece: before,
+                }),
+            ) if id == last => {
+                before.text.push_str(&piece.text);
+                before.tokens.extend_from_slice(&piece.tokens);
+                before.logprobs.extend(piece.logprobs.iter().cloned());
+                return;
+            }
+            _ => {}
+        }
+        queue.urgent |= !matches!(reply, Reply::Token { .. } | Reply::Alive);
+        let first = queue.replies.is_empty();
+        let urgent = queue.urgent;
+        queue.replies.push_back(reply);
+        drop(queue);
+        if first || urgent {
+            self.changed.notify_all();
+        }
+    }
+
+    /// Says how a run ended; a result too long for a frame is an error.
+    pub(super) fn done(&self, id: RunId, output: Output, meters: Meters) {
+        let reply = Reply::Done { id, output, meters };
+        match protocol::encode(&reply) {
+            Ok(_) => self.say(reply),
+            Err(error) => self.say(Reply::Failed {
+                id: Some(id),
+                error: EngineError::bad_input(format!(
+                    "the result is too long: {error}; send fewer texts at once, or ask for fewer top_logprobs"
+                )),
+                meters,
+            }),
+        }
+    }
+
+    fn write_for_ever(&self) {
+        let mut wrote = Instant::now();
+        loop {
+            let mut queue = self.queue();
+            loop {
+                let gathered = wrote.elapsed();
+                queue = if queue.replies.is_empty() {
+                    self.changed.wait(queue).unwrap_or_else(PoisonError::into_inner)
+                } else if queue.urgent || gathered >= GATHER {
+                    break;
+                } else {
+                    let left = GATHER.saturating_sub(gathered);
+                    let waited = self.changed.wait_timeout(queue, left);
+                    waited.unwrap_or_else(PoisonError::into_inner).0
+                };
+            }
+            let replies: Vec<Reply> = queue.replies.drain(..).collect();
+            queue.urgent = false;
+            drop(queue);
+            self.changed.notify_all();
+            self.write(&replies);
+            wrote = Instant::now();
+        }
+    }
+
+    fn write(&self, replies: &[Reply]) {
+        let mut frames = Vec::new();
+        for reply in replies {
+            match protocol::encode(reply) {
+                Ok(frame) => frames.extend(frame),
+                Err(error) => eprintln!("a reply was lost: {error}"),
+            }
+        }
+        let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
+        if file.write_all(&frames).and_then(|()| file.flush()).is_err() {
+            // Nobody listens any more.
+            end(0);
+        }
+    }
+}
