@@ -2,8 +2,8 @@
 //!
 //! Not here: the chain of entries, proofs and files (`karez-ledger`).
 use crate::{
-    id::{Institution, JobId},
-    key::UserId,
+    id::{Institution, JobId, RecordId},
+    key::{PublicKey, UserId},
     prelude::*,
     unit::Credits,
 };
@@ -19,8 +19,12 @@ pub enum Account {
     User(UserId),
     /// Credits set aside for one job until it is settled.
     Escrow(JobId),
-    /// What an institution has earned by lending capacity.
+    /// What an institution has earned by lending capacity, less what it granted: under zero as far as its limit.
     Institution(Institution),
+    /// What is left of a grant.
+    Grant(RecordId),
+    /// What a receipt paid, frozen until the dispute over it is ruled on.
+    Disputed(RecordId),
 }
 
 impl fmt::Display for Account {
@@ -30,13 +34,17 @@ impl fmt::Display for Account {
             Self::User(id) => write!(f, "user:{id}"),
             Self::Escrow(job) => write!(f, "escrow:{job}"),
             Self::Institution(name) => write!(f, "institution:{name}"),
+            Self::Grant(id) => write!(f, "grant:{id}"),
+            Self::Disputed(receipt) => write!(f, "disputed:{receipt}"),
         }
     }
 }
 
 /// Text that names no account.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{0:?} is not an account: expected federation, user:KEY, escrow:JOB or institution:NAME")]
+#[error(
+    "{0:?} is not an account: expected federation, user:KEY, escrow:JOB, institution:NAME, grant:ID or disputed:RECEIPT"
+)]
 pub struct AccountError(String);
 
 impl core::str::FromStr for Account {
@@ -45,8 +53,14 @@ impl core::str::FromStr for Account {
         let bad = || AccountError(text.chars().take(100).collect());
         match text.split_once(':') {
             None if text == "federation" => Ok(Self::Federation),
-            Some(("user", key)) => key.parse().map(Self::User).map_err(|_| bad()),
+            Some(("user", key)) => hex::decode(key)
+                .ok()
+                .and_then(|key| PublicKey::named(&key).ok())
+                .map(|key| Self::User(UserId(key)))
+                .ok_or_else(bad),
             Some(("escrow", job)) => job.parse().map(|d| Self::Escrow(JobId(d))).map_err(|_| bad()),
+            Some(("grant", id)) => id.parse().map(Self::Grant).map_err(|_| bad()),
+            Some(("disputed", id)) => id.parse().map(Self::Disputed).map_err(|_| bad()),
             Some(("institution", name)) => name.parse().map(Self::Institution).map_err(|_| bad()),
             _ => Err(bad()),
         }
@@ -69,14 +83,62 @@ impl<'de> Deserialize<'de> for Account {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum PostingKind {
-    /// The federation gives a user a budget.
+    /// The federation gives a user a budget, or a payer funds a grant.
     Grant,
     /// A job's ceiling moves from its user to escrow.
     Reserve,
     /// Escrow pays the institution that ran a part; evidence holds the whole paper trail.
     Settle,
-    /// What is left in escrow goes back to the user.
+    /// What is left in escrow goes back to where it came from.
     Release,
+    /// The user agrees with a receipt; nothing moves.
+    Accept,
+    /// The user does not: what the receipt paid is frozen.
+    Dispute,
+    /// A dispute ends: the frozen credits go to the user, to the institution, or to both.
+    Ruling,
+    /// What is left of a grant past its date goes back to its payer.
+    Expire,
+    /// New standard rates; nothing moves.
+    Rates,
+    /// A new credit limit of an institution; nothing moves.
+    Limit,
+    /// An institution was paid by another outside the ledger.
+    Payment,
+}
+
+impl PostingKind {
+    /// Every kind, by its number in encoded entries.
+    pub const ALL: [Self; 11] = [
+        Self::Grant,
+        Self::Reserve,
+        Self::Settle,
+        Self::Release,
+        Self::Accept,
+        Self::Dispute,
+        Self::Ruling,
+        Self::Expire,
+        Self::Rates,
+        Self::Limit,
+        Self::Payment,
+    ];
+
+    /// Its name.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Grant => "grant",
+            Self::Reserve => "reserve",
+            Self::Settle => "settle",
+            Self::Release => "release",
+            Self::Accept => "accept",
+            Self::Dispute => "dispute",
+            Self::Ruling => "ruling",
+            Self::Expire => "expire",
+            Self::Rates => "rates",
+            Self::Limit => "limit",
+            Self::Payment => "payment",
+        }
+    }
 }
 
 /// One movement of credits: legs that sum to zero, with the signed records that justify it.
@@ -144,6 +206,8 @@ pub enum PostingError {
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Accounts {
     balances: BTreeMap<Account, i64>,
+    /// How far institutions may go under zero.
+    limits: BTreeMap<Institution, Credits>,
 }
 
 impl Accounts {
@@ -155,6 +219,43 @@ impl Accounts {
     /// Every account that is not at zero.
     pub fn iter(&self) -> impl Iterator<Item = (&Account, i64)> {
         self.balances.iter().map(|(account, balance)| (account, *balance))
+    }
+
+    /// How far `institution` may go under zero.
+    pub fn limit(&self, institution: &Institution) -> Credits {
+        self.limits.get(institution).copied().unwrap_or(Credits::ZERO)
+    }
+
+    /// Every institution with a limit.
+    pub fn limits(&self) -> impl Iterator<Item = (&Institution, Credits)> {
+        self.limits.iter().map(|(name, limit)| (name, *limit))
+    }
+
+    /// Sets how far `institution` may go under zero; gives what it was. A balance beyond a lowered limit stays, but
+    /// takes no further debit.
+    pub fn set_limit(&mut self, institution: Institution, limit: Credits) -> Credits {
+        let before = if limit == Credits::ZERO {
+            self.limits.remove(&institution)
+        } else {
+            self.limits.insert(institution, limit)
+        };
+        before.unwrap_or(Credits::ZERO)
+    }
+
+    /// Sets a balance as it was written down: for a copy of accounts that were checked before.
+    pub fn restore(&mut self, account: Account, balance: i64) {
+        if balance != 0 {
+            self.balances.insert(account, balance);
+        }
+    }
+
+    /// The lowest balance of an account; `None`: any.
+    fn floor(&self, account: &Account) -> Option<i64> {
+        match account {
+            Account::Federation => None,
+            Account::Institution(name) => Some(-self.limit(name).leg().unwrap_or(i64::MAX)),
+            _ => Some(0),
+        }
     }
 
     /// The sum over all accounts: zero, always.
@@ -183,7 +284,7 @@ impl Accounts {
             let Some(after) = has.checked_add(*leg) else {
                 return malformed("a balance would exceed 64 bits");
             };
-            if after < 0 && *leg < 0 && *account != Account::Federation {
+            if *leg < 0 && self.floor(account).is_some_and(|floor| after < floor) {
                 return Err(PostingError::Overdraft {
                     account: account.clone(),
                     has,

@@ -5,16 +5,21 @@
 //!
 //! ```text
 //! entry    = previous[32] seq:u64 at:u64 kind:u8 legs:u8 leg* evidence:u16 envelope*
-//! kind     = 0 grant | 1 reserve | 2 settle | 3 release
+//! kind     = 0 grant | 1 reserve | 2 settle | 3 release | 4 accept | 5 dispute | 6 ruling | 7 expire | 8 rates
+//!          | 9 limit | 10 payment
 //! leg      = account amount:i64
 //! account  = 0 (federation) | 1 user[32] (user) | 2 job[32] (escrow) | 3 len:u8 name (institution)
+//!          | 4 grant[32] (grant) | 5 receipt[32] (disputed)
 //! envelope = len:u32 bytes
 //! hash     = BLAKE3 in key-derivation mode, context "karez-ledger/1 entry", over the bytes of the entry
 //! ```
 //!
 //! The `previous` of entry 0 is the same function with context "karez-ledger/1 genesis" over the scheduler's key, so
 //! that no entry of one scheduler's ledger fits into another's.
-use crate::evidence::{Change, EvidenceError, Examined, Trail, examine, recall};
+use crate::{
+    evidence::{Change, EvidenceError, Examined, Trail, examine, recall},
+    tree::{Frontier, entry_leaf},
+};
 use karez_core::{
     id::{Digest, Institution, JobId},
     key::{PublicKey, SchedulerId, UserId},
@@ -32,7 +37,7 @@ pub struct Entry {
     pub seq: u64,
     /// Hash of the entry before; of the first one: [`genesis`].
     pub previous: Digest,
-    /// When it was posted, by the scheduler's clock. For readers; no rule depends on it.
+    /// When it was posted, by the scheduler's clock: decides whether a grant may still pay.
     pub at: UtcMillis,
     /// What moved, and why.
     pub posting: Posting,
@@ -88,13 +93,13 @@ pub enum BookError {
 
 /// The chain's head, the balances, and what the evidence rules must remember.
 ///
-/// Entries themselves are not kept. Memory grows by about 100 bytes per job and 40 per settled lease.
-#[derive(Debug, Clone)]
+/// Entries themselves are not kept. Memory grows by about 50 bytes per settled part and 20 per job that is over.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Book {
     scheduler: Option<SchedulerId>,
     accounts: Accounts,
-    entries: u64,
     head: Digest,
+    tree: Frontier,
     trail: Trail,
 }
 
@@ -102,6 +107,7 @@ pub struct Book {
 #[derive(Debug)]
 pub(crate) struct Undo {
     head: Digest,
+    tree: Frontier,
     legs: Vec<(Account, i64)>,
     change: Change,
 }
@@ -116,6 +122,16 @@ impl Undo {
         };
         let result = accounts.apply(&posting);
         debug_assert_eq!(result, Ok(()));
+        set_limit(accounts, &self.change);
+    }
+}
+
+fn set_limit(accounts: &mut Accounts, change: &Change) {
+    if let Change::Limit {
+        institution, limit, ..
+    } = change
+    {
+        accounts.set_limit(institution.clone(), *limit);
     }
 }
 
@@ -130,7 +146,7 @@ impl Book {
         Self {
             scheduler: Some(scheduler),
             accounts: Accounts::default(),
-            entries: 0,
+            tree: Frontier::default(),
             head: genesis(scheduler),
             trail: Trail::default(),
         }
@@ -141,7 +157,7 @@ impl Book {
         Self {
             scheduler: None,
             accounts: Accounts::default(),
-            entries: 0,
+            tree: Frontier::default(),
             head: Digest([0; 32]),
             trail: Trail::default(),
         }
@@ -157,11 +173,19 @@ impl Book {
     }
     /// How many entries there are; also the number of the next one.
     pub fn entries(&self) -> u64 {
-        self.entries
+        self.tree.size()
     }
     /// Hash of the last entry.
     pub fn head(&self) -> Digest {
         self.head
+    }
+    /// The Merkle tree over the entries.
+    pub fn tree(&self) -> &Frontier {
+        &self.tree
+    }
+    /// Disputes that wait for a ruling.
+    pub fn disputes_open(&self) -> usize {
+        self.trail.disputes.len()
     }
 
     /// Checks `posting` wholly (signatures, paper trail, balance) and makes it the next entry, or changes nothing.
@@ -172,24 +196,17 @@ impl Book {
 
     /// As [`Book::append`], when the records were already examined (signatures cost most, and need no book).
     pub fn append_examined(&mut self, at: UtcMillis, examined: Examined) -> Result<Entry, BookError> {
-        self.append_undoable(at, examined).map(|(entry, _)| entry)
+        self.append_undoable(at, examined).map(|(entry, ..)| entry)
     }
 
     pub(crate) fn append_undoable(
         &mut self,
         at: UtcMillis,
         examined: Examined,
-    ) -> Result<(Entry, Undo), BookError> {
-        let scheduler = self.scheduler.ok_or(BookError::NoLedger)?;
-        if examined.scheduler() != scheduler {
-            return Err(EvidenceError::OtherLedger {
-                scheduler: examined.scheduler(),
-            }
-            .into());
-        }
-        let change = self.trail.check(examined.claim(), &self.accounts)?;
+    ) -> Result<(Entry, Vec<u8>, Undo), BookError> {
+        let change = self.check(at, &examined)?;
         let entry = Entry {
-            seq: self.entries,
+            seq: self.entries(),
             previous: self.head,
             at,
             posting: examined.into_posting(),
@@ -198,20 +215,50 @@ impl Book {
         if bytes.len() > ENTRY_BYTES_MAX {
             return Err(BookError::TooLarge { bytes: bytes.len() });
         }
-        self.accounts.apply(&entry.posting)?;
+        let undo = self.take(&entry.posting, change, hash_of(&bytes))?;
+        Ok((entry, bytes, undo))
+    }
+
+    /// As [`Book::append_examined`], for an entry whose bytes were hashed elsewhere.
+    pub(crate) fn append_hashed(
+        &mut self,
+        at: UtcMillis,
+        examined: &Examined,
+        hash: Digest,
+    ) -> Result<(), BookError> {
+        let change = self.check(at, examined)?;
+        self.take(examined.posting(), change, hash).map(drop)
+    }
+
+    fn check(&self, at: UtcMillis, examined: &Examined) -> Result<Change, BookError> {
+        let scheduler = self.scheduler.ok_or(BookError::NoLedger)?;
+        if examined.scheduler() != scheduler {
+            return Err(EvidenceError::OtherLedger {
+                scheduler: examined.scheduler(),
+            }
+            .into());
+        }
+        Ok(self.trail.check(at, examined.claim(), &self.accounts)?)
+    }
+
+    fn take(&mut self, posting: &Posting, change: Change, hash: Digest) -> Result<Undo, BookError> {
+        self.accounts.apply(posting)?;
         self.trail.apply(&change);
+        set_limit(&mut self.accounts, &change);
         let undo = Undo {
             head: self.head,
-            legs: entry.posting.legs.clone(),
+            tree: self.tree.clone(),
+            legs: posting.legs.clone(),
             change,
         };
-        self.head = hash_of(&bytes);
-        self.entries += 1;
-        Ok((entry, undo))
+        self.head = hash;
+        self.tree.push(entry_leaf(&hash));
+        Ok(undo)
     }
 
     /// Takes back the last append.
     pub(crate) fn undo(&mut self, undo: Undo) {
+        // A limit that was raised falls last, or the balance it allowed could not be undone.
         let back = Posting {
             kind: PostingKind::Release,
             legs: undo.legs.iter().map(|(a, leg)| (a.clone(), -leg)).collect(),
@@ -220,9 +267,15 @@ impl Book {
         // The balances before were within every rule, so going back to them is too.
         let result = self.accounts.apply(&back);
         debug_assert_eq!(result, Ok(()));
+        if let Change::Limit {
+            institution, before, ..
+        } = &undo.change
+        {
+            self.accounts.set_limit(institution.clone(), *before);
+        }
         self.trail.revert(&undo.change);
         self.head = undo.head;
-        self.entries -= 1;
+        self.tree = undo.tree;
     }
 
     /// Takes over an entry from elsewhere after checking everything about it.
@@ -241,9 +294,9 @@ impl Book {
 
     /// Would an entry with this number and predecessor be the next one?
     pub(crate) fn follows(&self, seq: u64, previous: Digest) -> Result<(), BookError> {
-        if seq != self.entries {
+        if seq != self.entries() {
             return Err(BookError::Sequence {
-                expected: self.entries,
+                expected: self.entries(),
                 found: seq,
             });
         }
@@ -286,6 +339,14 @@ fn encode_leg(out: &mut Vec<u8>, account: &Account, amount: i64) {
             out.push(2);
             out.extend_from_slice(&job.0.0);
         }
+        Account::Grant(id) => {
+            out.push(4);
+            out.extend_from_slice(&id.0);
+        }
+        Account::Disputed(receipt) => {
+            out.push(5);
+            out.extend_from_slice(&receipt.0);
+        }
         Account::Institution(name) => {
             let name = name.as_str().as_bytes();
             out.push(3);
@@ -299,12 +360,9 @@ fn encode_leg(out: &mut Vec<u8>, account: &Account, amount: i64) {
 
 /// The byte of a kind in an encoded entry.
 pub(crate) fn kind_byte(kind: PostingKind) -> u8 {
-    match kind {
-        PostingKind::Grant => 0,
-        PostingKind::Reserve => 1,
-        PostingKind::Settle => 2,
-        PostingKind::Release => 3,
-    }
+    let at = PostingKind::ALL.iter().position(|k| *k == kind);
+    // The list names every kind.
+    at.map_or(u8::MAX, |at| at as u8)
 }
 
 impl Entry {
@@ -348,12 +406,8 @@ impl Entry {
         let previous = Digest(from.array()?);
         let seq = u64::from_be_bytes(from.array()?);
         let at = UtcMillis(u64::from_be_bytes(from.array()?));
-        let kind = match from.byte()? {
-            0 => PostingKind::Grant,
-            1 => PostingKind::Reserve,
-            2 => PostingKind::Settle,
-            3 => PostingKind::Release,
-            _ => return from.bad("unknown kind of posting"),
+        let Some(kind) = PostingKind::ALL.get(usize::from(from.byte()?)).copied() else {
+            return from.bad("unknown kind of posting");
         };
         let count = usize::from(from.byte()?);
         if count > LEGS_MAX {
@@ -375,6 +429,8 @@ impl Entry {
                         None => return from.bad("bad name of an institution"),
                     }
                 }
+                4 => Account::Grant(Digest(from.array()?)),
+                5 => Account::Disputed(Digest(from.array()?)),
                 _ => return from.bad("unknown kind of account"),
             };
             legs.push((account, i64::from_be_bytes(from.array()?)));

@@ -3,33 +3,35 @@
 //! Lines of JSON, each ended by one newline, each in exactly one way of writing it (no spaces, fields in this order):
 //!
 //! ```text
-//! {"format":"karez-ledger/1","scheduler":KEY,"created":MS,"signature":HEX}
+//! {"format":"karez-ledger/2","scheduler":KEY,"created":MS,"signature":HEX}
 //! {"seq":0,"previous":HASH,"hash":HASH,"at":MS,"kind":"grant","legs":[[ACCOUNT,MICROCREDITS],…],"evidence":[BASE64,…]}
 //! …
-//! {"entries":N,"head":HASH,"balances":HASH,"lines":HASH,"signature":HEX}
+//! {"entries":N,"head":HASH,"balances":HASH,"checkpoint":NOTE,"lines":HASH,"signature":HEX}
 //! ```
 //!
 //! Hashes and keys are lower-case hex; evidence is standard base64 of record envelopes. `lines` is the BLAKE3 of every
-//! byte before the trailer. The signatures are the scheduler's (Ed25519), over the texts
+//! byte before the trailer; `checkpoint` is the signed tree head ([`crate::head`]). The signatures are the scheduler's (Ed25519), over the texts
 //! `KarezLedgerV1 header SCHEDULER CREATED` and
-//! `KarezLedgerV1 trailer SCHEDULER CREATED ENTRIES HEAD BALANCES LINES`. Hashes of entries and balances are defined in
+//! `KarezLedgerV1 trailer SCHEDULER CREATED ENTRIES HEAD BALANCES ROOT LINES`, with the tree's root. Hashes of entries and balances are defined in
 //! [`crate::book`].
 use crate::{
-    book::{Book, BookError, ENTRY_BYTES_MAX, Entry, balances_digest},
+    book::{Book, BookError, ENTRY_BYTES_MAX, Entry, balances_digest, genesis},
+    head::Head,
     store::StoreError,
+    tree::{Frontier, entry_leaf},
 };
 use base64::{Engine, prelude::BASE64_STANDARD};
 use karez_core::{
     id::Digest,
     key::{PublicKey, SchedulerId, SecretKey, sign},
-    money::{Account, PostingKind},
+    money::{Account, Accounts, PostingKind},
     unit::UtcMillis,
 };
 use serde::{Deserialize, Serialize};
 use std::io::Write;
 
 /// The first field of every export.
-pub const FORMAT: &str = "karez-ledger/1";
+pub const FORMAT: &str = "karez-ledger/2";
 /// The longest line, in bytes: base64 makes four of three.
 pub const LINE_BYTES_MAX: usize = ENTRY_BYTES_MAX / 3 * 4 + 64 * 1024;
 
@@ -53,7 +55,7 @@ pub enum ExportError {
 }
 
 /// What an export ends with.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Exported {
     /// Entries written.
     pub entries: u64,
@@ -61,6 +63,8 @@ pub struct Exported {
     pub head: Digest,
     /// Digest of all balances.
     pub balances: Digest,
+    /// The signed tree head.
+    pub tree_head: Head,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -97,6 +101,7 @@ pub(crate) struct Trailer {
     pub(crate) entries: u64,
     pub(crate) head: Digest,
     pub(crate) balances: Digest,
+    pub(crate) checkpoint: String,
     pub(crate) lines: Digest,
     pub(crate) signature: String,
 }
@@ -109,10 +114,12 @@ impl Trailer {
             head,
             balances,
             lines,
+            checkpoint,
             ..
         } = self;
         let created = created.0;
-        format!("KarezLedgerV1 trailer {scheduler} {created} {entries} {head} {balances} {lines}")
+        let root = checkpoint.split('\n').nth(2).unwrap_or_default();
+        format!("KarezLedgerV1 trailer {scheduler} {created} {entries} {head} {balances} {root} {lines}")
     }
 }
 
@@ -133,57 +140,100 @@ pub fn export(
     created: UtcMillis,
     entries: impl Iterator<Item = Result<Entry, StoreError>>,
 ) -> Result<Exported, ExportError> {
-    let scheduler = SchedulerId(PublicKey::of(secret));
-    let mut lines = blake3::Hasher::new();
-    let mut put = |line: Vec<u8>| {
-        lines.update(&line);
-        out.write_all(&line)
-    };
-    let mut header = Header {
-        format: FORMAT.to_owned(),
-        scheduler,
-        created,
-        signature: String::new(),
-    };
-    header.signature = hex::encode(sign(secret, header.message().as_bytes()));
-    put(to_line(&header).map_err(std::io::Error::from)?)?;
-    let mut book = Book::new(scheduler);
+    let mut exporter = Exporter::begin(out, secret, created)?;
+    let mut book = Book::new(SchedulerId(PublicKey::of(secret)));
     for entry in entries {
         let entry = entry?;
         let seq = entry.seq;
         book.recall(&entry)
             .map_err(|why| ExportError::Entry { seq, why })?;
+        exporter.entry(entry)?;
+    }
+    exporter.finish(book.accounts())
+}
+
+/// Writes the lines of an export, one by one. It believes what it is given: [`export`] checks, and so does whoever
+/// reads the file.
+pub struct Exporter<'a> {
+    out: &'a mut dyn Write,
+    secret: &'a SecretKey,
+    created: UtcMillis,
+    lines: blake3::Hasher,
+    tree: Frontier,
+    head: Digest,
+}
+
+impl<'a> Exporter<'a> {
+    /// Writes the header.
+    pub fn begin(
+        out: &'a mut dyn Write,
+        secret: &'a SecretKey,
+        created: UtcMillis,
+    ) -> Result<Self, ExportError> {
+        let scheduler = SchedulerId(PublicKey::of(secret));
+        let mut header = Header {
+            format: FORMAT.to_owned(),
+            scheduler,
+            created,
+            signature: String::new(),
+        };
+        header.signature = hex::encode(sign(secret, header.message().as_bytes()));
+        let mut exporter = Self {
+            out,
+            secret,
+            created,
+            lines: blake3::Hasher::new(),
+            tree: Frontier::default(),
+            head: genesis(scheduler),
+        };
+        exporter.put(&header)?;
+        Ok(exporter)
+    }
+
+    fn put<T: Serialize>(&mut self, value: &T) -> Result<(), ExportError> {
+        let line = to_line(value).map_err(std::io::Error::from)?;
+        self.lines.update(&line);
+        Ok(self.out.write_all(&line)?)
+    }
+
+    /// Writes an entry.
+    pub fn entry(&mut self, entry: Entry) -> Result<(), ExportError> {
+        self.head = entry.hash();
+        self.tree.push(entry_leaf(&self.head));
+        let evidence = &entry.posting.evidence;
         let line = Line {
-            seq,
+            seq: entry.seq,
             previous: entry.previous,
-            hash: book.head(),
+            hash: self.head,
             at: entry.at,
             kind: entry.posting.kind,
+            evidence: evidence.iter().map(|e| BASE64_STANDARD.encode(e)).collect(),
             legs: entry.posting.legs,
-            evidence: entry
-                .posting
-                .evidence
-                .iter()
-                .map(|e| BASE64_STANDARD.encode(e))
-                .collect(),
         };
-        put(to_line(&line).map_err(std::io::Error::from)?)?;
+        self.put(&line)
     }
-    let exported = Exported {
-        entries: book.entries(),
-        head: book.head(),
-        balances: balances_digest(book.accounts()),
-    };
-    let mut trailer = Trailer {
-        entries: exported.entries,
-        head: exported.head,
-        balances: exported.balances,
-        lines: Digest(*lines.finalize().as_bytes()),
-        signature: String::new(),
-    };
-    let message = trailer.message(scheduler, created);
-    trailer.signature = hex::encode(sign(secret, message.as_bytes()));
-    out.write_all(&to_line(&trailer).map_err(std::io::Error::from)?)?;
-    out.flush()?;
-    Ok(exported)
+
+    /// Writes the trailer.
+    pub fn finish(self, accounts: &Accounts) -> Result<Exported, ExportError> {
+        let exported = Exported {
+            entries: self.tree.size(),
+            head: self.head,
+            balances: balances_digest(accounts),
+            tree_head: Head::sign(self.secret, self.tree.size(), self.tree.root()),
+        };
+        let mut trailer = Trailer {
+            entries: exported.entries,
+            head: exported.head,
+            balances: exported.balances,
+            checkpoint: exported.tree_head.to_string(),
+            lines: Digest(*self.lines.finalize().as_bytes()),
+            signature: String::new(),
+        };
+        let message = trailer.message(exported.tree_head.scheduler, self.created);
+        trailer.signature = hex::encode(sign(self.secret, message.as_bytes()));
+        self.out
+            .write_all(&to_line(&trailer).map_err(std::io::Error::from)?)?;
+        self.out.flush()?;
+        Ok(exported)
+    }
 }

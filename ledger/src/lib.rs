@@ -8,19 +8,27 @@
 //!
 //! Start at [`writer::Writer`] to keep a ledger, at [`verify::verify`] to check one.
 
+mod batch;
 pub mod book;
 mod change;
+mod derived;
 pub mod evidence;
 pub mod export;
+pub mod head;
 pub mod journal;
+pub mod note;
 mod recovery;
+pub mod report;
 pub mod store;
+pub mod tree;
 pub mod verify;
 pub mod writer;
 
+pub use batch::Checker;
 pub use book::{Book, BookError, Entry};
-pub use evidence::{EvidenceError, Examined, examine};
-pub use export::{ExportError, export};
+pub use evidence::{EvidenceError, Examined, examine, examine_by};
+pub use export::{ExportError, Exporter, export};
+pub use head::{Head, Proof};
 pub use store::{StoreError, Tables};
-pub use verify::{Fault, Summary, VerifyOptions, verify};
+pub use verify::{Fault, FaultKind, Relation, Summary, VerifyOptions, compare, verify, verify_each};
 pub use writer::{Committed, EntryRef, Op, Options, Recovered, Transaction, Writer};

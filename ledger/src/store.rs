@@ -12,6 +12,7 @@ use std::{
     fs::File,
     io,
     path::{Path, PathBuf},
+    time::{Duration, Instant},
 };
 
 /// All tables: name → key → value.
@@ -203,6 +204,9 @@ pub struct SledStore {
     path: PathBuf,
 }
 
+/// How long opening waits for sled's own threads to let go of a store that was just closed.
+const LOCK_WAIT: Duration = Duration::from_secs(10);
+
 const APPLIED: &[u8] = b"m/applied";
 
 /// `e` and the number: entries lie in order.
@@ -225,13 +229,24 @@ fn row_key(table: &str, key: &[u8]) -> Vec<u8> {
 impl SledStore {
     /// As an [`OpenStore`]. May panic on a damaged directory: call it in a thread of its own.
     pub fn open(dir: &Path) -> Result<Box<dyn Store>, StoreError> {
-        let db = sled::Config::new()
+        let config = sled::Config::new()
             .path(dir)
             .cache_capacity(64 << 20)
             // The writer says when.
-            .flush_every_ms(None)
-            .open()
-            .map_err(|e| Self::fault(dir, &e))?;
+            .flush_every_ms(None);
+        // sled's own threads may hold the file for a moment after the last handle is gone. Whether another process has
+        // the directory was settled before, by the writer's lock.
+        let until = Instant::now() + LOCK_WAIT;
+        let db = loop {
+            match config.open() {
+                Err(sled::Error::Io(e))
+                    if e.to_string().contains("acquire lock") && Instant::now() < until =>
+                {
+                    std::thread::sleep(Duration::from_millis(10));
+                }
+                opened => break opened.map_err(|e| Self::fault(dir, &e))?,
+            }
+        };
         Ok(Box::new(Self {
             db,
             path: dir.to_owned(),

@@ -11,13 +11,16 @@
 use crate::{
     book::{Book, Entry, Undo},
     change::{self, Change, Step},
+    derived::{Added, Derived},
     evidence::{Examined, examine},
+    head::{Head, Proof},
     journal::{FRAME_BYTES_MAX, encode_frame},
     recovery::{self, PAGE_ENTRIES, Truth},
     store::{OpenStore, SledStore, Store, StoreError, Tables},
+    tree::{self, Frontier, TreeHash},
 };
 use karez_core::{
-    id::Digest,
+    id::{Digest, RecordId},
     key::SchedulerId,
     money::{Account, Accounts, Posting},
     unit::UtcMillis,
@@ -161,6 +164,7 @@ struct Shared {
     /// `None` while the index has failed and is not rebuilt yet.
     index: RwLock<Option<Arc<dyn Store>>>,
     index_path: PathBuf,
+    derived: Derived,
 }
 
 impl std::fmt::Debug for Shared {
@@ -173,6 +177,7 @@ struct View {
     accounts: Accounts,
     entries: u64,
     head: Digest,
+    root: TreeHash,
 }
 
 struct Request {
@@ -185,6 +190,16 @@ struct Request {
 enum Prepared {
     Step(Step),
     Post(Box<Examined>, UtcMillis),
+}
+
+impl Prepared {
+    /// Of a posting: its last record, if it has any.
+    fn last_record(&self) -> Option<Option<Vec<u8>>> {
+        match self {
+            Self::Step(_) => None,
+            Self::Post(examined, _) => Some(examined.posting().evidence.last().cloned()),
+        }
+    }
 }
 
 impl Writer {
@@ -202,16 +217,20 @@ impl Writer {
         fs::create_dir_all(dir).map_err(|e| StoreError::io(dir, "create it", &e))?;
         let lock = lock(dir)?;
         let opened = recovery::open(dir, options.scheduler, open_store)?;
-        for line in &opened.report {
-            tracing::warn!(dir = %dir.display(), "repaired: {line}");
-        }
         let book = opened.index.book;
+        let (derived, rebuilt) = Derived::open(dir, book.tree(), &*opened.index.store)?;
+        let mut report = opened.report;
+        if rebuilt {
+            report.push("the tree's files did not fit the entries: made them anew".into());
+        }
         let shared = Arc::new(Shared {
             view: RwLock::new(View {
                 accounts: book.accounts().clone(),
                 entries: book.entries(),
                 head: book.head(),
+                root: book.tree().root(),
             }),
+            derived,
             index: RwLock::new(Some(Arc::from(opened.index.store))),
             index_path: recovery::index_path(dir),
         });
@@ -229,6 +248,9 @@ impl Writer {
             stuck: None,
             _lock: lock,
         };
+        for line in &report {
+            tracing::warn!(dir = %dir.display(), "repaired: {line}");
+        }
         let (queue, requests) = mpsc::channel(options.queue_max.max(1));
         let thread = thread::Builder::new()
             .name("ledger-writer".into())
@@ -246,7 +268,7 @@ impl Writer {
         let recovered = Recovered {
             tables: opened.index.tables,
             book,
-            report: opened.report,
+            report,
         };
         Ok((writer, recovered))
     }
@@ -302,6 +324,53 @@ impl Writer {
     pub fn head(&self) -> (u64, Digest) {
         let view = read(&self.inner.shared.view);
         (view.entries, view.head)
+    }
+
+    /// The Merkle tree as of the last commit: entries and root.
+    pub fn tree(&self) -> (u64, TreeHash) {
+        let view = read(&self.inner.shared.view);
+        (view.entries, view.root)
+    }
+
+    /// The root over the first `size` entries; `None` when there are not as many. Blocks on the disk.
+    pub fn root_at(&self, size: u64) -> Result<Option<TreeHash>, StoreError> {
+        if size > self.tree().0 {
+            return Ok(None);
+        }
+        tree::root(&self.inner.shared.derived, size).map(Some)
+    }
+
+    /// Shows that the tree of `old` entries is the beginning of the one of `new`; `None` when the numbers do not fit.
+    /// Blocks on the disk.
+    pub fn prove_consistency(&self, old: u64, new: u64) -> Result<Option<Vec<TreeHash>>, StoreError> {
+        if old > new || new > self.tree().0 {
+            return Ok(None);
+        }
+        tree::prove_consistency(&self.inner.shared.derived, old, new).map(Some)
+    }
+
+    /// The number of the entry whose last record has this id: a receipt's settlement, an order's reservation. Blocks
+    /// on the disk.
+    pub fn find(&self, record: &RecordId) -> Result<Option<u64>, StoreError> {
+        self.inner.shared.derived.find(record, self.tree().0)
+    }
+
+    /// The proof of entry `index` under `head`, which must be one of this ledger and not larger than it. `None` when
+    /// there is no such entry. Blocks on the disk.
+    pub fn prove(&self, index: u64, head: Head) -> Result<Option<Proof>, StoreError> {
+        let size = head.size;
+        if index >= size || size > self.tree().0 {
+            return Ok(None);
+        }
+        let Some(entry) = self.entries(index).next() else {
+            return Ok(None);
+        };
+        Ok(Some(Proof {
+            entry: entry?.encode(),
+            index,
+            path: tree::prove_inclusion(&self.inner.shared.derived, index, size)?,
+            head,
+        }))
     }
 
     /// A copy of all balances, as of the last commit.
@@ -504,6 +573,8 @@ struct Scribe {
 struct Accepted {
     reply: oneshot::Sender<Result<Committed, StoreError>>,
     committed: Committed,
+    /// The last record of each entry.
+    records: Vec<Option<Vec<u8>>>,
     undo: Vec<Undo>,
 }
 
@@ -553,14 +624,17 @@ impl Scribe {
         let mut frames = Vec::new();
         let mut changes = Vec::new();
         let mut accepted = Vec::new();
+        let tree_before = self.book.tree().clone();
         for request in group {
             let mut undo = Vec::new();
+            let records = request.ops.iter().filter_map(Prepared::last_record).collect();
             match self.stage(request.ops, &mut undo, &mut frames) {
                 Ok((change, committed)) => {
                     changes.push(change);
                     accepted.push(Accepted {
                         reply: request.reply,
                         committed,
+                        records,
                         undo,
                     });
                 }
@@ -583,6 +657,7 @@ impl Scribe {
         }
         // From here on it has happened, whatever becomes of the index.
         self.index(&changes, frames.len());
+        self.derive(tree_before, &accepted);
         {
             let mut view = write(&self.shared.view);
             for undo in accepted.iter().flat_map(|a| &a.undo) {
@@ -590,6 +665,7 @@ impl Scribe {
             }
             view.entries = self.book.entries();
             view.head = self.book.head();
+            view.root = self.book.tree().root();
         }
         for Accepted { reply, committed, .. } in accepted {
             let _ = reply.send(Ok(committed));
@@ -609,14 +685,13 @@ impl Scribe {
             match op {
                 Prepared::Step(step) => steps.push(step),
                 Prepared::Post(examined, at) => {
-                    let (entry, back) = self.book.append_undoable(at, *examined)?;
+                    let (entry, bytes, back) = self.book.append_undoable(at, *examined)?;
                     undo.push(back);
                     let seq = entry.seq;
                     entries.push(EntryRef {
                         seq,
                         hash: self.book.head(),
                     });
-                    let bytes = entry.encode();
                     steps.push(Step::Entry { seq, bytes });
                 }
             }
@@ -666,6 +741,23 @@ impl Scribe {
             path: self.dir.clone(),
             needed: wanted - free,
         })
+    }
+
+    /// Adds the group's entries to the files of the tree. What fails here is made up for at the next opening.
+    fn derive(&mut self, mut tree: Frontier, accepted: &[Accepted]) {
+        let from = tree.size();
+        let mut added = Added::default();
+        for (entry, record) in accepted
+            .iter()
+            .flat_map(|a| a.committed.entries.iter().zip(&a.records))
+        {
+            added.push(&mut tree, &entry.hash, record.as_deref());
+        }
+        if tree.size() > from
+            && let Err(why) = self.shared.derived.write(from, &added)
+        {
+            tracing::error!("proofs may fail until the next start: {why}");
+        }
     }
 
     fn index(&mut self, changes: &[Change], bytes: usize) {

@@ -2,8 +2,8 @@
 #![allow(clippy::unwrap_used)]
 mod common;
 use common::*;
-use karez_core::key::SchedulerId;
-use karez_ledger::{Book, Entry, Fault, Summary, VerifyOptions, export, verify};
+use karez_core::{key::SchedulerId, money::Accounts};
+use karez_ledger::{Book, Entry, Exporter, Fault, Summary, VerifyOptions, export, verify};
 use proptest::prelude::*;
 use std::{collections::BTreeSet, sync::LazyLock};
 
@@ -18,6 +18,20 @@ fn entries_of(jobs: u64) -> Vec<Entry> {
 fn export_of(entries: &[Entry]) -> Vec<u8> {
     let mut out = Vec::new();
     export(&mut out, &scheduler_secret(), AT, entries.iter().cloned().map(Ok)).unwrap();
+    out
+}
+
+/// What a scheduler that does not follow the rules can sign.
+fn forged_export_of(entries: &[Entry]) -> Vec<u8> {
+    let mut out = Vec::new();
+    let secret = scheduler_secret();
+    let mut accounts = Accounts::default();
+    let mut exporter = Exporter::begin(&mut out, &secret, AT).unwrap();
+    for entry in entries {
+        accounts.apply(&entry.posting).unwrap();
+        exporter.entry(entry.clone()).unwrap();
+    }
+    exporter.finish(&accounts).unwrap();
     out
 }
 
@@ -57,6 +71,7 @@ fn a_good_export_is_summed_up() {
 fn trust_is_asked_for() {
     let trusted = |key: SchedulerId| VerifyOptions {
         keys: Some(BTreeSet::from([key])),
+        ..VerifyOptions::default()
     };
     verify(&mut WHOLE.as_slice(), &trusted(scheduler())).unwrap();
     let fault = verify(&mut WHOLE.as_slice(), &trusted(SchedulerId(user(0).0))).unwrap_err();
@@ -116,8 +131,7 @@ fn spliced_and_forged_entries_are_named() {
     let result = export(&mut out, &scheduler_secret(), AT, spliced.into_iter().map(Ok));
     assert!(result.is_err());
 
-    // The scheduler itself cannot post a bill the records do not carry, nor drop a reading: it can sign the trailer,
-    // and the exporter does not look at signatures, so this is what a dishonest exporter would produce.
+    // The scheduler itself cannot post a bill the records do not carry, nor drop a reading, though it signs the trailer.
     let order = order(0, 77, 10_000_000);
     let mut over = Part::of(&order, 0, 1);
     over.receipt = Box::new(|r| {
@@ -147,7 +161,7 @@ fn spliced_and_forged_entries_are_named() {
             previous = entry.hash();
             forged.push(entry);
         }
-        let fault = check(&export_of(&forged)).unwrap_err();
+        let fault = check(&forged_export_of(&forged)).unwrap_err();
         assert_eq!(fault.entry, Some(4), "{name}: {fault}");
         assert!(fault.to_string().contains(expected), "{name}: {fault}");
         assert!(fault.to_string().contains("evidence "), "{name}: {fault}");

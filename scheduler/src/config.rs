@@ -5,6 +5,7 @@ use karez_core::{
     controller::{Admission, ControllerConfig},
     id::Institution,
     key::SecretKey,
+    records::DISPUTE_WINDOW,
     unit::{Bytes, Credits, Millis},
 };
 use serde::{Deserialize, Deserializer, de::Error as _};
@@ -198,6 +199,9 @@ pub struct Limits {
     /// The longest one lease may bill.
     #[serde(deserialize_with = "duration")]
     pub device_time_max: Millis,
+    /// How long a receipt can be disputed; silence accepts.
+    #[serde(deserialize_with = "duration")]
+    pub dispute_window: Millis,
     /// Calls of one key per second, after a burst of four times as many.
     pub calls_per_second: u32,
     /// Watches of one key at a time.
@@ -243,6 +247,7 @@ impl Default for Limits {
             jobs_open_user_max: 1_000,
             jobs_kept: 10_000,
             device_time_max: Millis(24 * 3_600_000),
+            dispute_window: DISPUTE_WINDOW,
             calls_per_second: 100,
             watches_max: 64,
         }
@@ -384,6 +389,12 @@ impl Config {
                 1_000,
                 31 * 24 * 3_600_000,
             ),
+            (
+                "limits.dispute_window",
+                self.limits.dispute_window,
+                1_000,
+                366 * 24 * 3_600_000,
+            ),
         ] {
             if value.0 < least || value.0 > most {
                 return rule(
@@ -442,6 +453,7 @@ impl Config {
             jobs_open_user_max: self.limits.jobs_open_user_max,
             jobs_kept: self.limits.jobs_kept,
             device_time_max: self.limits.device_time_max,
+            dispute_window: self.limits.dispute_window,
         }
     }
 }

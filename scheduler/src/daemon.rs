@@ -7,6 +7,7 @@ use crate::{
     mind::{self, Clock, Members, Parts, Shared},
     monitor, peers, service,
     setup::{self, ARTIFACTS_DIR, STATE_DIR},
+    witness,
 };
 use karez_core::{
     controller::Controller,
@@ -186,6 +187,7 @@ impl Daemon {
             .collect();
         let accounts = recovered.book.accounts().clone();
         let catalogue = Catalogue::restore(&recovered.tables);
+        let heads = witness::Heads::restore(&recovered.tables);
         drop(recovered);
         let controller =
             Controller::restore(config.controller(secret.clone()), clock.now(), &stored, accounts)?;
@@ -212,6 +214,7 @@ impl Daemon {
             store: store.clone(),
             catalogue,
             members: members.clone(),
+            heads,
             stopping,
             config,
         };
@@ -262,6 +265,7 @@ impl Daemon {
         let helpers = vec![
             tokio::spawn(peers::listen(shared.clone(), events)),
             tokio::spawn(peers::announce(shared.clone(), peer.clone())),
+            tokio::spawn(witness::spread(shared.clone())),
             tokio::spawn(sweep(shared.clone())),
         ];
         let name = shared.config.name.clone();

@@ -13,6 +13,7 @@
 //! | `session` | the long conversations: nodes' sessions, watches, exports |
 //! | `catalogue` | names of models |
 //! | `peers` | offers and summaries over the peer network |
+//! | `witness` | tree heads shown to other schedulers, cosigned for them, and forks found out |
 //! | `pins` | artifacts that unfinished jobs need, kept from eviction |
 //! | `limits` | how much one key may ask |
 //! | `monitor` | the plain listener for health checks and reflection |
@@ -30,6 +31,7 @@ mod pins;
 mod service;
 mod session;
 pub mod setup;
+mod witness;
 
 pub use config::{Config, ConfigError};
 pub use daemon::{Daemon, run};

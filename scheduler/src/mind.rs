@@ -79,6 +79,7 @@ pub(crate) struct Shared {
     pub(crate) members: Members,
     pub(crate) limits: limits::Limits,
     pub(crate) peers: crate::peers::Book,
+    pub(crate) heads: crate::witness::Heads,
     pub(crate) watchers: Watchers,
     /// Turns true when the daemon stops.
     pub(crate) stopping: watch::Receiver<bool>,
@@ -96,6 +97,7 @@ pub(crate) struct Parts {
     pub(crate) store: ArtifactStore,
     pub(crate) catalogue: Catalogue,
     pub(crate) members: Members,
+    pub(crate) heads: crate::witness::Heads,
     pub(crate) stopping: watch::Receiver<bool>,
 }
 
@@ -117,6 +119,7 @@ impl Shared {
             catalogue: parts.catalogue,
             members: parts.members,
             peers: crate::peers::Book::default(),
+            heads: parts.heads,
             watchers: Watchers::default(),
             stopping: parts.stopping,
             next_session: AtomicU64::new(1),

@@ -57,6 +57,15 @@ impl Book {
         Verdict::Accept
     }
 
+    /// Where the schedulers heard of lately can be called.
+    pub(crate) fn control_addrs(&self, now: Now) -> Vec<(PublicKey, String)> {
+        let book = lock(&self.0);
+        book.iter()
+            .filter(|(_, heard)| now.mono.since(heard.at.mono) < SUMMARY_TTL)
+            .filter_map(|(key, heard)| Some((*key, heard.summary.addrs.first()?.clone())))
+            .collect()
+    }
+
     /// The schedulers heard of lately.
     pub(crate) fn views(&self, now: Now) -> Vec<wire::SchedulerView> {
         let book = lock(&self.0);

@@ -5,18 +5,22 @@ use crate::{
     catalogue::{NameError, Named},
     config::Mode,
     mind::{Shared, cached_somewhere},
-    session,
+    session, witness,
 };
 use karez_core::{
     artifact::ArtifactRef,
-    controller::{Denial, Event, JoinBy, Reply},
+    controller::{Denial, Event, Filed, JoinBy, Reply},
     id::{Digest, JobId},
     invite,
     key::{PublicKey, UserId},
     money::Account,
-    records::{Order, Role, Signed, Verified},
+    records::{
+        Acceptance, CreditLimit, Dispute, Grant, Order, Payment, RateCard, Record, RecordError, Role, Ruling,
+        Signed, Verified, describe,
+    },
     translate::{self, TranslateError, clean},
 };
+use karez_ledger::StoreError;
 use karez_net::control::peer_key_of;
 use karez_proto::control::{self as wire, control_server::Control};
 use std::{collections::BTreeSet, sync::Arc};
@@ -34,6 +38,9 @@ const LABEL_MAX: usize = 200;
 const ACCOUNTS_MAX: usize = 10_000;
 /// The most offers one answer lists.
 const OFFERS_MAX: usize = 2_000;
+
+/// The most grants or disputes one answer lists.
+const GRANTS_LISTED_MAX: usize = 10_000;
 
 /// The service; clones share everything.
 #[derive(Clone)]
@@ -119,6 +126,15 @@ impl Service {
                     "the {what} {missing} is neither in this scheduler's store nor with any node: bring it with `karez artifact add`"
                 )))
             }
+        }
+    }
+
+    /// Is this receipt in the book? One that was signed and lost with a disk is not.
+    async fn settled(&self, receipt: Digest) -> Result<(), Status> {
+        let writer = self.0.writer.clone();
+        match blocking(move || writer.find(&receipt)).await? {
+            Some(_) => Ok(()),
+            None => Err(Status::not_found(format!("the ledger has no receipt {receipt}"))),
         }
     }
 
@@ -430,6 +446,130 @@ impl Control for Service {
         Ok(Response::new(session::ledger(self.0.clone(), permit)))
     }
 
+    async fn head(&self, request: Request<wire::HeadRequest>) -> Answer<wire::HeadReply> {
+        self.caller(&request)?;
+        let shared = &self.0;
+        let head = witness::own(shared);
+        let mut consistency = Vec::new();
+        if let Some(old) = request.get_ref().old {
+            let (writer, new) = (shared.writer.clone(), head.size);
+            let path = blocking(move || writer.prove_consistency(old, new)).await?;
+            let path =
+                path.ok_or_else(|| Status::out_of_range(format!("the ledger has {new} entries, not {old}")))?;
+            consistency = path.iter().map(|hash| hash.0.to_vec()).collect();
+        }
+        let cosigned = shared.heads.cosigned().filter(|cosigned| *cosigned != head);
+        Ok(Response::new(wire::HeadReply {
+            head: head.to_string(),
+            cosigned: cosigned.map(|head| head.to_string()).unwrap_or_default(),
+            consistency,
+            forks: shared.heads.forks(),
+        }))
+    }
+
+    async fn prove(&self, request: Request<wire::ProveRequest>) -> Answer<wire::ProveReply> {
+        self.member(&request)?;
+        let id = request.into_inner().id;
+        let shared = self.0.clone();
+        let proof = blocking(move || {
+            let index = match (id.parse::<Digest>(), id.parse::<u64>()) {
+                (Ok(record), _) => shared.writer.find(&record)?,
+                (_, Ok(index)) => Some(index),
+                _ => return Ok(Err(id)),
+            };
+            // The latest head comes after the search: it covers what was found.
+            let proof = match index {
+                Some(index) => shared.writer.prove(index, witness::own(&shared))?,
+                None => None,
+            };
+            Ok(proof.ok_or(id))
+        })
+        .await?;
+        let proof = proof.map_err(|id| {
+            Status::not_found(format!(
+                "the ledger has no entry {id}: give an entry's number, or the whole id of an order, a receipt or \
+                 another last record of an entry"
+            ))
+        })?;
+        Ok(Response::new(wire::ProveReply {
+            proof: proof.to_string(),
+        }))
+    }
+
+    async fn witness(&self, request: Request<wire::WitnessRequest>) -> Answer<wire::WitnessReply> {
+        let caller = self.caller(&request)?;
+        self.room_on_disk()?;
+        let reply = witness::witness(&self.0, caller, request.into_inner()).await;
+        Ok(Response::new(reply))
+    }
+
+    async fn file(&self, request: Request<wire::FileRequest>) -> Answer<wire::FileReply> {
+        let caller = self.member(&request)?;
+        self.room_on_disk()?;
+        let filed = filed(&request.into_inner().records)
+            .map_err(|error| Status::invalid_argument(error.to_string()))?;
+        if let Filed::Acceptance(papers) = &filed {
+            self.settled(papers.1.id()).await?;
+        }
+        if let Filed::Dispute(papers) = &filed {
+            self.settled(papers.1.id()).await?;
+        }
+        let reply = self
+            .0
+            .ask(move |request| Event::File {
+                request,
+                caller,
+                filed,
+            })
+            .await;
+        let Some(Reply::Filed(record)) = reply else {
+            return Err(unexpected(reply));
+        };
+        let writer = self.0.writer.clone();
+        let entry = blocking(move || writer.find(&record)).await?;
+        Ok(Response::new(wire::FileReply {
+            entry: entry.unwrap_or_default(),
+            record: record.0.to_vec(),
+        }))
+    }
+
+    async fn books(&self, request: Request<wire::BooksRequest>) -> Answer<wire::BooksReply> {
+        let caller = self.member(&request)?;
+        let operator = self.operator(caller);
+        let reply = self.0.look(|c| {
+            let grants = c
+                .grants()
+                .take(GRANTS_LISTED_MAX)
+                .map(|(id, grant, left)| wire::GrantView {
+                    id: id.0.to_vec(),
+                    grant: Some(grant.to_wire()),
+                    left: left.0,
+                });
+            // Whose dispute it is concerns the two sides and the operator.
+            let mine = |user: UserId| operator || user.0 == caller;
+            let disputes = c
+                .disputes()
+                .filter(|(_, _, user, ..)| mine(*user))
+                .take(GRANTS_LISTED_MAX);
+            wire::BooksReply {
+                grants: grants.collect(),
+                disputes: disputes
+                    .map(
+                        |(receipt, dispute, user, institution, credits)| wire::DisputeView {
+                            receipt: receipt.0.to_vec(),
+                            dispute: dispute.0.to_vec(),
+                            user: user.0.0.to_vec(),
+                            institution: institution.to_string(),
+                            credits: credits.0,
+                        },
+                    )
+                    .collect(),
+                rates: c.rate_card().map(Record::to_wire),
+            }
+        });
+        Ok(Response::new(reply.await))
+    }
+
     async fn status(&self, request: Request<wire::StatusRequest>) -> Answer<wire::StatusReply> {
         self.caller(&request)?;
         let shared = &self.0;
@@ -453,13 +593,55 @@ impl Control for Service {
     }
 }
 
+/// Reads the books on a thread that may wait for the disk.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, StoreError> + Send + 'static,
+) -> Result<T, Status> {
+    let done = tokio::task::spawn_blocking(work).await;
+    done.map_err(|e| Status::internal(e.to_string()))?
+        .map_err(|e| Status::unavailable(e.to_string()))
+}
+
+/// Reads the records of a filing by the type of the last one.
+fn filed(records: &[Vec<u8>]) -> Result<Filed, RecordError> {
+    let kind = records
+        .last()
+        .and_then(|last| describe(last))
+        .map(|(kind, ..)| kind);
+    Ok(match (kind.as_deref(), records) {
+        (Some(Acceptance::TYPE), [lease, receipt, last]) => Filed::Acceptance(Box::new((
+            Signed::open(lease)?,
+            Signed::open(receipt)?,
+            Signed::open(last)?,
+        ))),
+        (Some(Dispute::TYPE), [lease, receipt, last]) => Filed::Dispute(Box::new((
+            Signed::open(lease)?,
+            Signed::open(receipt)?,
+            Signed::open(last)?,
+        ))),
+        (Some(Ruling::TYPE), [last]) => Filed::Ruling(Signed::open(last)?),
+        (Some(Grant::TYPE), [last]) => Filed::Grant(Signed::open(last)?),
+        (Some(RateCard::TYPE), [last]) => Filed::Rates(Signed::open(last)?),
+        (Some(CreditLimit::TYPE), [last]) => Filed::Limit(Signed::open(last)?),
+        (Some(Payment::TYPE), [last]) => Filed::Payment(Signed::open(last)?),
+        (kind, _) => {
+            return Err(RecordError::WrongType {
+                expected: "an answer with lease and receipt, or one record of the operator",
+                got: kind.unwrap_or("nothing").chars().take(64).collect(),
+            });
+        }
+    })
+}
+
 /// The gRPC code of a refusal; its message is the whole sentence.
 fn denied(denial: &Denial) -> Status {
     let text = denial.to_string();
     match denial {
         Denial::NotAdmitted(_) => Status::unauthenticated(text),
-        Denial::WrongRole { .. } => Status::permission_denied(text),
-        Denial::Invitation(_) | Denial::Offer(_) | Denial::Order(_) => Status::invalid_argument(text),
+        Denial::WrongRole { .. } | Denial::NotOperator => Status::permission_denied(text),
+        Denial::Invitation(_) | Denial::Offer(_) | Denial::Order(_) | Denial::Record(_) => {
+            Status::invalid_argument(text)
+        }
         Denial::Budget { .. } | Denial::Unplaceable(_) | Denial::Ledger(_) => {
             Status::failed_precondition(text)
         }

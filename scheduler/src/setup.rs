@@ -201,7 +201,7 @@ pub fn invite(dir: &Path, options: &InviteOptions) -> Result<String, SetupError>
 }
 
 /// The key in `dir`.
-pub(crate) fn load_key(dir: &Path) -> Result<SecretKey, IdentityError> {
+pub fn load_key(dir: &Path) -> Result<SecretKey, IdentityError> {
     identity::load(&dir.join(KEY_FILE), "scheduler")
 }
 
@@ -320,6 +320,7 @@ credits = "{budget}"
 # jobs_open_user_max = 1000   # unfinished jobs of one user
 # jobs_kept = 10000           # finished jobs kept for listing
 # device_time_max = "24h"     # the longest one lease may bill
+# dispute_window = "7d"       # how long a receipt can be disputed; silence accepts
 # calls_per_second = 100      # of one key, after a burst of four times as many
 # watches_max = 64            # of one key at a time
 "#,

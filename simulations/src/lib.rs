@@ -10,8 +10,8 @@
 pub mod check;
 pub mod disk;
 pub mod geo;
-pub mod record;
 mod liar;
+pub mod record;
 pub mod rng;
 pub mod setup;
 pub mod traces;

@@ -69,6 +69,7 @@ impl SchedulerProcess {
             jobs_open_user_max: open_user,
             jobs_kept: setup.jobs_kept,
             device_time_max: Millis(24 * 3_600_000),
+            dispute_window: karez_core::records::DISPUTE_WINDOW,
         };
         Self {
             id: config.id(),

@@ -178,6 +178,8 @@ impl Controller {
             credits,
             flags,
             issued_at: now.utc,
+            disputable_until: now.utc.after(self.config.dispute_window),
+            rate_card: self.rate_card().map_or(0, |card| card.version),
         };
         let receipt = Signed::sign(receipt, &self.config.secret);
         let mut evidence = vec![job.order.encode(), lease.encode()];

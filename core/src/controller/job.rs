@@ -79,6 +79,9 @@ pub struct Job {
     pub cause: String,
     /// Set aside for it at submit.
     pub reserved: Credits,
+    /// The grant that pays first, and how much of what was set aside is its.
+    #[serde(default)]
+    pub grant: Option<(RecordId, Credits)>,
     /// Billed so far.
     pub spent: Credits,
     /// Its history, bounded.
@@ -190,6 +193,7 @@ impl Job {
             changed_at: at,
             state: JobState::Queued,
             cause: String::new(),
+            grant: None,
             spent: Credits::ZERO,
             log: Vec::new(),
             parts,

@@ -86,7 +86,9 @@ impl Controller {
                 max: self.config.jobs_open_user_max,
             });
         }
-        let has = self.budget(user(caller));
+        let grant = self.grant_for(now, &order);
+        let granted = grant.map_or(Credits::ZERO, |(_, left)| left);
+        let has = self.budget(user(caller)).saturating_add(granted);
         if order.credits_max > has {
             return Err(Denial::Budget {
                 has,
@@ -94,6 +96,7 @@ impl Controller {
             });
         }
         let slots = self.slots(&order);
+        let order_max = order.credits_max;
         let mut job = Job::new(
             order,
             label.chars().filter(|c| !c.is_control()).take(120).collect(),
@@ -110,14 +113,29 @@ impl Controller {
         }
         let mut changes = Vec::new();
         if job.reserved > Credits::ZERO {
-            let evidence = vec![job.order.encode()];
-            let (from, to) = (Account::User(job.order.user), Account::Escrow(id));
-            let posting = Posting::transfer(PostingKind::Reserve, from, to, job.reserved, evidence).ok_or(
-                Denial::Budget {
+            // Grants first: they expire.
+            let from_grant = job.reserved.min(granted);
+            let own = job.reserved.saturating_sub(from_grant);
+            let mut legs = Vec::with_capacity(3);
+            let leg = |credits: Credits| {
+                credits.leg().ok_or(Denial::Budget {
                     has,
-                    wants: job.reserved,
-                },
-            )?;
+                    wants: order_max,
+                })
+            };
+            if let Some((id, _)) = grant {
+                legs.push((Account::Grant(id), -leg(from_grant)?));
+                job.grant = Some((id, from_grant));
+            }
+            if own > Credits::ZERO {
+                legs.push((Account::User(job.order.user), -leg(own)?));
+            }
+            legs.push((Account::Escrow(id), leg(job.reserved)?));
+            let posting = Posting {
+                kind: PostingKind::Reserve,
+                legs,
+                evidence: vec![job.order.encode()],
+            };
             self.accounts.apply(&posting).map_err(Denial::Ledger)?;
             changes.push(Change::Post { posting, at: now.utc });
         }
@@ -210,15 +228,8 @@ impl Controller {
         job.note(now.utc, None, text);
         let mut changes = vec![put(JOBS, &id.0.0, job)];
         let left = self.accounts.balance(&Account::Escrow(id));
-        let owner = Account::User(job.order.user);
         if let Ok(left @ 1..) = u64::try_from(left)
-            && let Some(posting) = Posting::transfer(
-                PostingKind::Release,
-                Account::Escrow(id),
-                owner,
-                Credits(left),
-                Vec::new(),
-            )
+            && let Some(posting) = release(job, id, Credits(left))
             && self.accounts.apply(&posting).is_ok()
         {
             changes.push(Change::Post { posting, at: now.utc });
@@ -344,4 +355,24 @@ fn contradictions(order: &Order) -> Result<(), Denial> {
         ));
     }
     Ok(())
+}
+
+/// What is left of a job's escrow goes back to where it came from: the user's own credits were the last to be spent.
+fn release(job: &Job, id: JobId, left: Credits) -> Option<Posting> {
+    let own = match job.grant {
+        Some((_, from_grant)) => left.min(job.reserved.saturating_sub(from_grant)),
+        None => left,
+    };
+    let mut legs = vec![
+        (Account::Escrow(id), -left.leg()?),
+        (Account::User(job.order.user), own.leg()?),
+    ];
+    if let Some((grant, _)) = job.grant {
+        legs.push((Account::Grant(grant), left.saturating_sub(own).leg()?));
+    }
+    Some(Posting {
+        kind: PostingKind::Release,
+        legs,
+        evidence: Vec::new(),
+    })
 }

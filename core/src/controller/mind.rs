@@ -2,6 +2,7 @@
 use super::placing::device_limit;
 use super::{
     ControllerConfig, Effect, Event, Member, Reply,
+    accounting::{ANSWERS, Books, GRANTS, LIMITS, PAYMENTS, RATES},
     admission::{INVITATIONS, MEMBERS, Redeemed},
     job::{JOBS, Job, PARTS, Part},
 };
@@ -34,6 +35,7 @@ pub struct Controller {
     pub(super) members: BTreeMap<PublicKey, Member>,
     pub(super) invitations: BTreeMap<u64, Redeemed>,
     pub(super) accounts: Accounts,
+    pub(super) books: Books,
     pub(super) jobs: BTreeMap<JobId, Job>,
     /// Unfinished jobs with parts to place, oldest first.
     pub(super) queue: BTreeSet<(UtcMillis, JobId)>,
@@ -69,7 +71,18 @@ pub(super) struct Claim {
 
 impl Controller {
     /// The tables it keeps.
-    pub const TABLES: &[&str] = &[MEMBERS, INVITATIONS, JOBS, PARTS, SPENT];
+    pub const TABLES: &[&str] = &[
+        MEMBERS,
+        INVITATIONS,
+        JOBS,
+        PARTS,
+        SPENT,
+        ANSWERS,
+        GRANTS,
+        RATES,
+        LIMITS,
+        PAYMENTS,
+    ];
 
     /// The mind as it was when the process last lived, with the book's balances. Follow with [`Event::Started`].
     pub fn restore(
@@ -87,6 +100,7 @@ impl Controller {
             members: BTreeMap::new(),
             invitations: BTreeMap::new(),
             accounts,
+            books: Books::default(),
             jobs: BTreeMap::new(),
             queue: BTreeSet::new(),
             ended: BTreeSet::new(),
@@ -135,6 +149,22 @@ impl Controller {
                     c.spent.insert(job);
                     c.spent_until.insert((read(pair)?, job));
                 }
+                ANSWERS | GRANTS | PAYMENTS => {
+                    let id = Digest::try_from(pair.key.as_slice()).map_err(|e| bad(pair, &e.to_string()))?;
+                    match pair.table.as_str() {
+                        ANSWERS => drop(c.books.answers.insert(id, read(pair)?)),
+                        GRANTS => drop(c.books.grants.insert(id, read(pair)?)),
+                        _ => drop(c.books.payments.insert(id)),
+                    }
+                }
+                RATES => c.books.rates = Some(read(pair)?),
+                LIMITS => {
+                    let name = core::str::from_utf8(&pair.key)
+                        .ok()
+                        .and_then(|name| name.parse().ok());
+                    let name = name.ok_or_else(|| bad(pair, "the key names no institution"))?;
+                    c.books.limits.insert(name, read(pair)?);
+                }
                 _ => {}
             }
         }
@@ -175,7 +205,7 @@ impl Controller {
     /// The one entrance. Never waits; pushes what the shell must do, in order.
     pub fn handle(&mut self, now: Now, event: Event, out: &mut Vec<Effect>) {
         match event {
-            Event::Started | Event::Tick => {}
+            Event::Started | Event::Tick => self.expire_grants(now, out),
             Event::Join {
                 request,
                 caller,
@@ -205,6 +235,11 @@ impl Controller {
                 };
                 out.push(Effect::Reply(request, reply));
             }
+            Event::File {
+                request,
+                caller,
+                filed,
+            } => self.on_file(now, request, caller, filed, out),
             Event::Cancel { request, caller, job } => {
                 let reply = match self.cancel(now, caller, job, out) {
                     Ok(()) => Reply::Cancelled(job),

@@ -5,6 +5,7 @@
 //! leaves the process. When a commit fails the shell stops the process: what the mind believes is then rebuilt from disk.
 //!
 //! Not here: sockets and stores (`karez-scheduler`); the chain of ledger entries (`karez-ledger`).
+mod accounting;
 mod admission;
 mod billing;
 mod job;
@@ -16,6 +17,7 @@ mod placing;
 mod tests;
 mod view;
 
+pub use accounting::{ANSWERS_MAX, Filed, GRANTS_MAX};
 pub use admission::{Member, REDEMPTIONS_MAX};
 pub use job::{Job, JobState, Part, PartState};
 pub use jobs::{ORDER_LIFE_MAX, SPENT_MAX};
@@ -24,7 +26,7 @@ pub use view::{Explanation, JobView, LogLine, NodeStatus, PartView};
 
 use crate::{
     exchange::{ToNode, ToScheduler},
-    id::{Institution, JobId},
+    id::{Institution, JobId, RecordId},
     key::{NodeId, PublicKey, SchedulerId, SecretKey, UserId},
     money::PostingError,
     placement,
@@ -61,6 +63,8 @@ pub struct ControllerConfig {
     pub jobs_kept: usize,
     /// The longest a lease on donated capacity may bill, and the cap for all others.
     pub device_time_max: Millis,
+    /// How long a receipt can be disputed.
+    pub dispute_window: Millis,
 }
 
 /// Who may join.
@@ -143,6 +147,15 @@ pub enum Event {
         /// Which job.
         job: JobId,
     },
+    /// A signed record for the books.
+    File {
+        /// To be answered with [`Reply::Filed`] or [`Reply::Refused`].
+        request: RequestId,
+        /// The caller's key.
+        caller: PublicKey,
+        /// The record.
+        filed: Filed,
+    },
     /// Time passed. The shell sends one at [`Controller::wake_at`], and at least every second while jobs are open.
     Tick,
 }
@@ -187,6 +200,8 @@ pub enum Reply {
     Submitted(JobId),
     /// The job is called off, or had ended before.
     Cancelled(JobId),
+    /// The record is in the books.
+    Filed(RecordId),
     /// No.
     Refused(Denial),
 }
@@ -242,6 +257,12 @@ pub enum Denial {
     /// No such job, or not the caller's.
     #[error("there is no job {0} of yours: `karez jobs` lists them")]
     NoJob(String),
+    /// A record that the books do not take.
+    #[error("the record {0}")]
+    Record(String),
+    /// Only the operator may.
+    #[error("only the scheduler's operator may do this: run it with the scheduler's key")]
+    NotOperator,
     /// The books refuse.
     #[error("the ledger refuses: {0}")]
     Ledger(PostingError),

@@ -31,6 +31,7 @@ fn config() -> ControllerConfig {
         jobs_open_user_max: 50,
         jobs_kept: 2,
         device_time_max: Millis(3_600_000),
+        dispute_window: crate::records::DISPUTE_WINDOW,
     }
 }
 

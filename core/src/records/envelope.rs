@@ -104,6 +104,60 @@ pub struct Verified<T> {
     id: RecordId,
 }
 
+/// Decides whether signatures hold: [`Strict`] looks at each by itself, a verifier of many may have looked at them
+/// together before. Whoever says yes without having checked breaks everything that relies on [`Verified`].
+pub trait SignatureCheck {
+    /// Did `signer` sign `message`, the bytes that give `id`?
+    fn check(
+        &self,
+        id: &RecordId,
+        signer: &PublicKey,
+        message: &[u8],
+        signature: &[u8; 64],
+    ) -> Result<(), KeyError>;
+}
+
+/// Each signature by itself, by [`PublicKey::verify`].
+#[derive(Debug, Clone, Copy)]
+pub struct Strict;
+
+impl SignatureCheck for Strict {
+    fn check(
+        &self,
+        _: &RecordId,
+        signer: &PublicKey,
+        message: &[u8],
+        signature: &[u8; 64],
+    ) -> Result<(), KeyError> {
+        signer.verify(message, signature)
+    }
+}
+
+/// What an envelope's signature is about, for those who check many at once.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ToCheck {
+    /// The record's id: the digest of `message`.
+    pub id: RecordId,
+    /// Who is said to have signed.
+    pub signer: PublicKey,
+    /// What was signed.
+    pub message: Vec<u8>,
+    /// The signature.
+    pub signature: [u8; 64],
+}
+
+/// Reads an envelope of any type up to what its signature is about; `None` for bytes that are none.
+pub fn to_check(envelope: &[u8]) -> Option<ToCheck> {
+    let envelope = wire::Envelope::decode(envelope).ok()?;
+    let message = to_be_signed(&envelope.r#type, &envelope.payload);
+    Some(ToCheck {
+        id: Digest::of(&message),
+        signer: PublicKey(envelope.signer.as_slice().try_into().ok()?),
+        signature: envelope.signature.as_slice().try_into().ok()?,
+        message,
+    })
+}
+
 /// DSSE-style pre-authentication encoding: lengths make the split between type and payload unambiguous.
 fn to_be_signed(kind: &str, payload: &[u8]) -> Vec<u8> {
     let mut out = format!("KarezV1 {} {kind} {} ", kind.len(), payload.len()).into_bytes();
@@ -193,9 +247,14 @@ impl<T: Record> Signed<T> {
 
     /// Checks signature, then fields, then that the right party signed.
     pub fn verify(self) -> Result<Verified<T>, RecordError> {
+        self.verify_by(&Strict)
+    }
+
+    /// As [`Signed::verify`], with another way to check the signature.
+    pub fn verify_by(self, by: &dyn SignatureCheck) -> Result<Verified<T>, RecordError> {
         let message = to_be_signed(T::TYPE, &self.payload);
-        self.signer
-            .verify(&message, &self.signature)
+        let id = Digest::of(&message);
+        by.check(&id, &self.signer, &message, &self.signature)
             .map_err(|error| RecordError::Signature {
                 record: T::TYPE,
                 signer: self.signer.short(),
@@ -214,7 +273,7 @@ impl<T: Record> Signed<T> {
             });
         }
         Ok(Verified {
-            id: Digest::of(&message),
+            id,
             signed: self,
             value,
         })

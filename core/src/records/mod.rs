@@ -2,8 +2,10 @@
 //!
 //! [`Signed`] holds the exact bytes that were signed; only [`Signed::verify`] turns it into [`Verified`], and
 //! functions that act take `Verified`. Each record names its predecessor by digest:
-//! [`Order`] → [`Lease`] → [`MeterReading`] … → [`Usage`] → [`Receipt`].
+//! [`Order`] → [`Lease`] → [`MeterReading`] … → [`Usage`] → [`Receipt`] → [`Acceptance`], or [`Dispute`] → [`Ruling`].
+//! Beside it stand the records of who pays: [`Grant`], [`RateCard`], [`CreditLimit`], [`Payment`].
 mod envelope;
+mod funding;
 mod lease;
 mod meter;
 mod offer;
@@ -11,9 +13,13 @@ mod order;
 mod receipt;
 mod social;
 mod trail;
+mod verdict;
 mod wire;
 
-pub use envelope::{Record, RecordError, Signed, Verified, describe};
+pub use envelope::{
+    Record, RecordError, SignatureCheck, Signed, Strict, ToCheck, Verified, describe, to_check,
+};
+pub use funding::{Beneficiary, CreditLimit, Grant, Payment, RateCard};
 pub use lease::Lease;
 pub use meter::{MeterReading, Meters, Outcome, Usage};
 pub use offer::{Device, Engine, NodeState, OFFER_CACHED_MAX, Offer, WorkKind};
@@ -23,3 +29,4 @@ pub use order::{
 pub use receipt::{Flag, Receipt};
 pub use social::{ClassSummary, Invitation, Role, Summary};
 pub use trail::{TrailError, check_trail};
+pub use verdict::{Acceptance, DISPUTE_WINDOW, Dispute, REASON_BYTES_MAX, Ruling};

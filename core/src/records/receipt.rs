@@ -80,6 +80,10 @@ pub struct Receipt {
     pub flags: Vec<Flag>,
     /// When.
     pub issued_at: UtcMillis,
+    /// Until when the researcher may dispute it; silence accepts.
+    pub disputable_until: UtcMillis,
+    /// Version of the standard rates in force; 0 while there are none.
+    pub rate_card: u32,
 }
 
 impl Record for Receipt {
@@ -106,6 +110,8 @@ impl Record for Receipt {
             credits: self.credits.0,
             flags: self.flags.iter().map(|f| f.as_str().into()).collect(),
             issued_at: self.issued_at.0,
+            disputable_until: self.disputable_until.0,
+            rate_card: self.rate_card,
         }
     }
 
@@ -125,6 +131,8 @@ impl Record for Receipt {
             credits: Credits(f.within("credits", w.credits, i64::MAX as u64)?),
             flags: f.list("flags", w.flags, 16, |t| f.parse("flags", &t))?,
             issued_at: UtcMillis(f.within("issued_at", w.issued_at, UTC_MAX)?),
+            disputable_until: UtcMillis(f.within("disputable_until", w.disputable_until, UTC_MAX)?),
+            rate_card: w.rate_card,
         })
     }
 }

@@ -23,7 +23,7 @@ impl Fields {
     }
 
     pub(super) fn key(self, field: &'static str, bytes: &[u8]) -> Result<PublicKey, RecordError> {
-        PublicKey::from_bytes(bytes).map_err(|e| self.bad(field, format!("is no key: {e}")))
+        PublicKey::named(bytes).map_err(|e| self.bad(field, format!("is no key: {e}")))
     }
 
     pub(super) fn digest(self, field: &'static str, bytes: &[u8]) -> Result<Digest, RecordError> {

@@ -124,6 +124,8 @@ fn receipt() -> Verified<Receipt> {
         credits: Credits(3),
         flags: Vec::new(),
         issued_at: UtcMillis(15),
+        disputable_until: UtcMillis(16),
+        rate_card: 0,
     };
     Signed::sign(receipt, &secret(2))
 }

@@ -6,8 +6,9 @@ use karez_core::{
     key::{NodeId, PublicKey, SchedulerId, SecretKey, UserId},
     money::{Account, Posting, PostingKind},
     records::{
-        Constraints, Flag, Invitation, Lease, MeterReading, Meters, Order, Outcome, Receipt, Role, Signed,
-        Usage, Verified, Work,
+        Acceptance, Beneficiary, Constraints, CreditLimit, Dispute, Flag, Grant, Invitation, Lease,
+        MeterReading, Meters, Order, Outcome, Payment, RateCard, Receipt, Role, Ruling, Signed, Usage,
+        Verified, Work,
     },
     unit::{Bytes, Credits, DeviceMillis, Millis, MonoMillis, Rate, UtcMillis},
 };
@@ -232,6 +233,8 @@ impl<'a> Part<'a> {
             credits: lease.rate.bill(billed).unwrap(),
             flags: if done { Vec::new() } else { vec![Flag::NotDone] },
             issued_at: UtcMillis(AT.0 + 2_000),
+            disputable_until: UtcMillis(AT.0 + 1_000_000),
+            rate_card: 0,
         };
         (self.receipt)(&mut receipt);
         let receipt = Signed::sign(receipt, &self.scheduler_signs);
@@ -274,5 +277,186 @@ pub fn postings(jobs: u64) -> Vec<Posting> {
         }
         out.push(release(&order, left));
     }
+    out
+}
+
+/// Lease and receipt out of a settlement.
+pub fn papers(settled: &Posting) -> (Verified<Lease>, Verified<Receipt>) {
+    let evidence = &settled.evidence;
+    let lease = Signed::open(&evidence[1]).unwrap();
+    (lease, Signed::open(evidence.last().unwrap()).unwrap())
+}
+
+pub fn institution(name: &str) -> Account {
+    Account::Institution(name.parse().unwrap())
+}
+
+pub fn accept(settled: &Posting, n: u8, change: impl FnOnce(&mut Acceptance)) -> Posting {
+    let (lease, receipt) = papers(settled);
+    let mut acceptance = Acceptance {
+        receipt: receipt.id(),
+        user: user(n),
+        issued_at: AT,
+    };
+    change(&mut acceptance);
+    let acceptance = Signed::sign(acceptance, &user_secret(n));
+    Posting {
+        kind: PostingKind::Accept,
+        legs: vec![(Account::Institution(receipt.node_institution.clone()), 0)],
+        evidence: vec![lease.encode(), receipt.encode(), acceptance.encode()],
+    }
+}
+
+pub fn dispute(settled: &Posting, n: u8, change: impl FnOnce(&mut Dispute)) -> (Posting, Verified<Dispute>) {
+    let (lease, receipt) = papers(settled);
+    let mut dispute = Dispute {
+        receipt: receipt.id(),
+        user: user(n),
+        reason: "half of it is missing".into(),
+        evidence: vec![Digest::of(b"what came out")],
+        issued_at: AT,
+    };
+    change(&mut dispute);
+    let dispute = Signed::sign(dispute, &user_secret(n));
+    let posting = Posting::transfer(
+        PostingKind::Dispute,
+        Account::Institution(receipt.node_institution.clone()),
+        Account::Disputed(receipt.id()),
+        receipt.credits,
+        vec![lease.encode(), receipt.encode(), dispute.encode()],
+    );
+    (posting.unwrap(), dispute)
+}
+
+pub fn ruling(settled: &Posting, dispute: &Verified<Dispute>, refund: u64) -> Posting {
+    let (_, receipt) = papers(settled);
+    let ruling = Ruling {
+        dispute: dispute.id(),
+        receipt: receipt.id(),
+        scheduler: scheduler(),
+        refund: Credits(refund),
+        reason: "half was usable".into(),
+        issued_at: AT,
+    };
+    Posting {
+        kind: PostingKind::Ruling,
+        legs: vec![
+            (Account::Disputed(receipt.id()), -(receipt.credits.0 as i64)),
+            (Account::User(receipt.user), refund as i64),
+            (
+                Account::Institution(receipt.node_institution.clone()),
+                receipt.credits.0 as i64 - refund as i64,
+            ),
+        ],
+        evidence: vec![Signed::sign(ruling, &scheduler_secret()).encode()],
+    }
+}
+
+pub fn grant_record(credits: u64, change: impl FnOnce(&mut Grant)) -> Verified<Grant> {
+    let mut grant = Grant {
+        scheduler: scheduler(),
+        payer: None,
+        beneficiary: Beneficiary::Institution("uni-nairobi".parse().unwrap()),
+        work: Vec::new(),
+        credits: Credits(credits),
+        purpose: "thesis".into(),
+        nonce: 1,
+        issued_at: AT,
+        expires_at: UtcMillis(AT.0 + 1_000),
+    };
+    change(&mut grant);
+    Signed::sign(grant, &scheduler_secret())
+}
+
+pub fn fund(grant: &Verified<Grant>) -> Posting {
+    let to = Account::Grant(grant.id());
+    let evidence = vec![grant.encode()];
+    Posting::transfer(PostingKind::Grant, grant.from(), to, grant.credits, evidence).unwrap()
+}
+
+pub fn rates(version: u32) -> Posting {
+    let card = RateCard {
+        scheduler: scheduler(),
+        version,
+        rates: vec![("cpu".into(), Rate(50_000)), ("cuda".into(), Rate(1_000_000))],
+        effective_from: AT,
+        issued_at: AT,
+    };
+    Posting {
+        kind: PostingKind::Rates,
+        legs: vec![(Account::Federation, 0)],
+        evidence: vec![Signed::sign(card, &scheduler_secret()).encode()],
+    }
+}
+
+pub fn limit(name: &str, credits: u64, at: u64) -> Posting {
+    let limit = CreditLimit {
+        scheduler: scheduler(),
+        institution: name.parse().unwrap(),
+        credits: Credits(credits),
+        issued_at: UtcMillis(at),
+    };
+    Posting {
+        kind: PostingKind::Limit,
+        legs: vec![(institution(name), 0)],
+        evidence: vec![Signed::sign(limit, &scheduler_secret()).encode()],
+    }
+}
+
+pub fn payment(from: &str, to: &str, credits: u64, nonce: u64) -> Posting {
+    let payment = Payment {
+        scheduler: scheduler(),
+        payer: from.parse().unwrap(),
+        payee: to.parse().unwrap(),
+        credits: Credits(credits),
+        reference: "transfer 4711".into(),
+        nonce,
+        issued_at: AT,
+    };
+    let evidence = vec![Signed::sign(payment, &scheduler_secret()).encode()];
+    Posting::transfer(
+        PostingKind::Payment,
+        institution(to),
+        institution(from),
+        Credits(credits),
+        evidence,
+    )
+    .unwrap()
+}
+
+/// A ledger with an entry of every kind: the one that exports, statements and mutations are tried on.
+pub fn all_kinds(jobs: u64) -> Vec<Posting> {
+    let mut out = postings(jobs);
+    let funded = grant_record(5_000_000, |_| {});
+    out.push(rates(1));
+    out.push(fund(&funded));
+    let order = order(1, 9_001, 4_000_000);
+    let id = JobId(order.id());
+    out.push(Posting {
+        kind: PostingKind::Reserve,
+        legs: vec![
+            (Account::Grant(funded.id()), -3_000_000),
+            (Account::User(order.user), -1_000_000),
+            (Account::Escrow(id), 4_000_000),
+        ],
+        evidence: vec![order.encode()],
+    });
+    let (first, second) = (Part::of(&order, 0, 1).settle(), Part::of(&order, 1, 1).settle());
+    out.extend([first.clone(), second.clone()]);
+    out.push(Posting {
+        kind: PostingKind::Release,
+        legs: vec![
+            (Account::Escrow(id), -3_998_000),
+            (Account::User(order.user), 1_000_000),
+            (Account::Grant(funded.id()), 2_998_000),
+        ],
+        evidence: Vec::new(),
+    });
+    out.push(accept(&first, 1, |_| {}));
+    let (posting, paper) = dispute(&second, 1, |_| {});
+    out.push(posting);
+    out.push(ruling(&second, &paper, 400));
+    out.push(limit("uni-lagos", 500, AT.0));
+    out.push(payment("uni-lagos", "uni-0", 700, 1));
     out
 }

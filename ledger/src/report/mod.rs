@@ -1,0 +1,33 @@
+//! What people make of a ledger: usage in the forms that other systems read, statements, and netting.
+//!
+//! All of it is computed from verified entries ([`crate::verify::verify_each`]), by whoever has the file: nobody's
+//! figures need to be believed. Users appear as pseudonyms, a new one for each institution and month ([`Pseudonyms`]).
+//! Every field is described in `docs/accounting.md`.
+mod forms;
+mod netting;
+mod settlement;
+mod statement;
+mod time;
+
+pub use forms::{Form, Writer as FormWriter};
+pub use netting::{Age, Netting, Transfer};
+pub use settlement::{Pseudonyms, Settlement};
+pub use statement::{Flow, Statement, StatementBuilder};
+pub use time::{Month, MonthError};
+
+use karez_core::{
+    id::Institution,
+    money::{Posting, PostingKind},
+    records::{CreditLimit, Signed},
+    unit::Credits,
+};
+
+/// Of a verified posting that sets a credit limit: whose, and how much.
+pub fn limit(posting: &Posting) -> Option<(Institution, Credits)> {
+    let bytes = posting
+        .evidence
+        .first()
+        .filter(|_| posting.kind == PostingKind::Limit)?;
+    let limit = Signed::<CreditLimit>::open(bytes).ok()?;
+    Some((limit.institution.clone(), limit.credits))
+}

@@ -1,0 +1,313 @@
+//! `karez ledger verify`: files and public keys, and nobody's word.
+use super::VerifyArgs;
+use crate::{
+    cli::Context,
+    fault::{Kind, fault},
+    out::{Column, Out, Table, count, credits, moment, plural, span},
+    view,
+};
+use anyhow::{Context as _, Result};
+use karez_core::key::SchedulerId;
+use karez_ledger::{
+    Fault, FaultKind, Head, Proof, Relation, Summary, VerifyOptions, compare,
+    head::{self, read_heads},
+    verify,
+};
+use serde_json::{Value, json};
+use std::{
+    fs::File,
+    io::{self, BufRead, BufReader, Read as _},
+    path::Path,
+};
+
+/// The largest file of heads that is read.
+const HEADS_BYTES_MAX: u64 = 64 << 20;
+/// How a proof begins.
+const PROOF: &[u8] = b"c2sp.org/tlog-proof";
+
+pub(super) fn command(context: &Context, args: &VerifyArgs) -> Result<()> {
+    let mut keys = args.key.clone();
+    if keys.is_empty()
+        && let Some(config) = context.home.config_if_any()?
+    {
+        keys.push(config.scheduler);
+    }
+    let pinned = !keys.is_empty();
+    let heads = match &args.heads {
+        Some(path) => heads_of(path)?,
+        None => Vec::new(),
+    };
+    let given = heads.len();
+    let options = options(&keys).with_heads(heads);
+    let out = context.out;
+    let name = name_of(&args.file);
+    let mut reader = open(&args.file)?;
+    let begin = reader.fill_buf().with_context(|| name.clone())?;
+    if begin.starts_with(PROOF) {
+        return check_proof(context, &name, &mut reader, &keys);
+    }
+    let verified = verify(&mut reader, &options);
+    if let Some(other) = &args.against {
+        against(&args.file, other, &keys, &verified)?;
+    }
+    let summary = verified.map_err(|found| fault(Kind::NotVerified, format!("{name}: {found}")))?;
+    if out.json {
+        out.json(&summary_json(&summary));
+        return Ok(());
+    }
+    print_summary(out, &summary);
+    if given > 0 {
+        let unused = given - summary.heads;
+        let others = match unused {
+            0 => String::new(),
+            n => format!("; {n} are of other ledgers"),
+        };
+        out.line(format!(
+            "fits {} of {given} published heads{others}",
+            summary.heads
+        ));
+    }
+    if let Some(other) = &args.against {
+        out.line(format!("agrees with {} as far as both go", other.display()));
+    }
+    if !pinned {
+        out.warn("no key was given, so any scheduler's ledger is accepted: compare the key above with the one you know");
+    }
+    Ok(())
+}
+
+pub(super) fn options(keys: &[SchedulerId]) -> VerifyOptions {
+    VerifyOptions {
+        keys: (!keys.is_empty()).then(|| keys.iter().copied().collect()),
+        ..VerifyOptions::default()
+    }
+}
+
+/// What to call a file in messages.
+pub(super) fn name_of(path: &Path) -> String {
+    match path.as_os_str() == "-" {
+        true => "standard input".into(),
+        false => path.display().to_string(),
+    }
+}
+
+pub(super) fn open(path: &Path) -> Result<BufReader<Box<dyn io::Read>>> {
+    let name = path.display().to_string();
+    let file: Box<dyn io::Read> = if path.as_os_str() == "-" {
+        Box::new(io::stdin())
+    } else {
+        match File::open(path) {
+            Ok(file) if file.metadata().is_ok_and(|m| m.is_dir()) => {
+                let why = format!("{name} is a directory: give the file that `karez ledger export` wrote");
+                return Err(fault(Kind::Refused, why));
+            }
+            Ok(file) => Box::new(file),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                return Err(fault(Kind::NotFound, format!("{name} does not exist")));
+            }
+            Err(error) => return Err(error).context(name),
+        }
+    };
+    Ok(BufReader::with_capacity(1 << 20, file))
+}
+
+fn heads_of(path: &Path) -> Result<Vec<Head>> {
+    let name = path.display().to_string();
+    let mut text = String::new();
+    let read = open(path)?.take(HEADS_BYTES_MAX).read_to_string(&mut text);
+    read.with_context(|| name.clone())?;
+    read_heads(&text)
+        .map_err(|(number, error)| fault(Kind::NotVerified, format!("{name}: head {number}: {error}")))
+}
+
+/// Fails when the two copies part, or when this one lacks entries.
+fn against(
+    ours: &Path,
+    theirs: &Path,
+    keys: &[SchedulerId],
+    verified: &Result<Summary, Fault>,
+) -> Result<()> {
+    let bad = |text: String| Err(fault(Kind::NotVerified, text));
+    let (name, other) = (ours.display(), theirs.display());
+    let cut = matches!(verified, Err(f) if matches!(*f.kind, FaultKind::Truncated | FaultKind::Tail { .. }));
+    if verified.is_err() && !cut {
+        // What is wrong with this copy itself is said first.
+        return Ok(());
+    }
+    if ours.as_os_str() == "-" || theirs.as_os_str() == "-" {
+        return bad("--against reads both copies twice: give files, not standard input".into());
+    }
+    let copy = match verify(&mut open(theirs)?, &options(keys)) {
+        Ok(copy) => copy,
+        Err(found) => return bad(format!("the other copy is itself not in order: {other}: {found}")),
+    };
+    if let Ok(summary) = verified
+        && summary.scheduler != copy.scheduler
+    {
+        return bad(format!(
+            "{name} is the ledger of {}, {other} the one of {}: they have nothing in common",
+            summary.scheduler, copy.scheduler
+        ));
+    }
+    match compare(&mut open(ours)?, &mut open(theirs)?) {
+        Err(error) => bad(format!("{name} beside {other}: {error}")),
+        Ok(Relation::Same | Relation::Longer { .. }) => Ok(()),
+        Ok(Relation::Shorter { entry, hash, missing }) => bad(format!(
+            "{name} lacks its tail: {} from entry {entry} (hash {hash}) to entry {} stand in {other}",
+            plural(missing, "entry").replace("entrys", "entries"),
+            entry + missing - 1
+        )),
+        Ok(Relation::Fork {
+            entry,
+            ours,
+            theirs,
+            common,
+            our_head,
+            their_head,
+        }) => {
+            let head = |head: Option<Box<Head>>| head.map_or("(no signed head)\n".into(), |h| h.to_string());
+            bad(format!(
+                "a fork at entry {entry}: {name} has hash {ours}, {other} has {theirs}; before it both have the \
+                 root {common}. Their signed heads are\n{}and\n{}",
+                head(our_head),
+                head(their_head)
+            ))
+        }
+    }
+}
+
+fn check_proof(context: &Context, name: &str, reader: &mut dyn io::Read, keys: &[SchedulerId]) -> Result<()> {
+    let bad = |why: String| fault(Kind::NotVerified, format!("{name}: {why}"));
+    let mut text = String::new();
+    reader
+        .take(HEADS_BYTES_MAX)
+        .read_to_string(&mut text)
+        .with_context(|| name.to_owned())?;
+    let proof = Proof::parse(&text).map_err(|e| bad(e.to_string()))?;
+    let entry = proof.verify().map_err(|e| bad(e.to_string()))?;
+    let scheduler = proof.head.scheduler;
+    if !keys.is_empty() && !keys.contains(&scheduler) {
+        return Err(bad(format!(
+            "it is of the ledger of scheduler {scheduler}, which is not among the given keys"
+        )));
+    }
+    let examined = karez_ledger::examine(entry.posting.clone(), scheduler).map_err(|e| bad(e.to_string()))?;
+    let records: Vec<(String, String)> = examined
+        .posting()
+        .evidence
+        .iter()
+        .filter_map(|bytes| karez_core::records::describe(bytes))
+        .map(|(kind, id, _)| (kind, id.to_string()))
+        .collect();
+    let witnesses = proof.head.witnesses();
+    let out = context.out;
+    if out.json {
+        let record = |(kind, id): &(String, String)| json!({"type": kind, "id": id});
+        out.json(&json!({
+            "verified": true, "scheduler": scheduler.to_string(), "entry": proof.index, "entries": proof.head.size,
+            "root": proof.head.root.to_string(), "kind": entry.posting.kind.as_str(), "at_ms": entry.at.0,
+            "legs": entry.posting.legs, "records": records.iter().map(record).collect::<Vec<_>>(),
+            "witnesses": witnesses.iter().map(|(key, _)| key.to_string()).collect::<Vec<_>>(),
+        }));
+        return Ok(());
+    }
+    out.line(format!(
+        "verified: entry {} ({}, {}) is in the ledger of {scheduler}",
+        proof.index,
+        entry.posting.kind.as_str(),
+        moment(entry.at.0)
+    ));
+    out.line(format!(
+        "under its head of {} entries, root {}",
+        proof.head.size, proof.head.root
+    ));
+    for (account, amount) in &entry.posting.legs {
+        out.line(format!("  {} {account}", crate::out::signed_credits(*amount)));
+    }
+    for (kind, id) in &records {
+        out.line(format!("  {kind} {id}"));
+    }
+    match witnesses.len() {
+        0 => out.note(format!(
+            "no witness has cosigned the head; its log is {}",
+            head::origin(scheduler)
+        )),
+        n => out.line(format!(
+            "cosigned by {}",
+            plural(n as u64, "witness").replace("witnesss", "witnesses")
+        )),
+    }
+    Ok(())
+}
+
+/// Checks an export; the first fault is an error with exit code 9.
+pub(crate) fn verify_file(path: &Path, keys: Vec<SchedulerId>) -> Result<Summary> {
+    let name = name_of(path);
+    check(&mut open(path)?, keys).map_err(|found| fault(Kind::NotVerified, format!("{name}: {found}")))
+}
+
+/// The same from a reader, with the fault as it is.
+pub(crate) fn check(from: &mut dyn io::BufRead, keys: Vec<SchedulerId>) -> Result<Summary, Fault> {
+    verify(from, &options(&keys))
+}
+
+/// The summary as text.
+pub(crate) fn print_summary(out: &Out, s: &Summary) {
+    out.line(format!(
+        "verified: {} with {} signed records, chain, balances and signatures hold",
+        plural(s.entries, "entry").replace("entrys", "entries"),
+        count(s.records)
+    ));
+    out.line(format!("scheduler {}", s.scheduler));
+    out.line(format!("head {} of {}", s.head.short(), moment(s.created.0)));
+    out.line(format!("tree root {}", s.tree_head.root));
+    if s.disputes_open > 0 {
+        out.line(format!("{} open", plural(s.disputes_open as u64, "dispute")));
+    }
+    out.line(format!(
+        "granted {}, reserved {}, settled {}, released {} credits",
+        credits(s.granted.0),
+        credits(s.reserved.0),
+        credits(s.settled.0),
+        credits(s.released.0)
+    ));
+    if s.institutions.is_empty() {
+        return;
+    }
+    let mut table = Table::new(&[
+        ("INSTITUTION", Column::Cut),
+        ("RECEIPTS", Column::Right),
+        ("DEVICE TIME", Column::Right),
+        ("EARNED", Column::Right),
+    ]);
+    for (institution, earned) in &s.institutions {
+        table.row(vec![
+            institution.to_string(),
+            count(earned.receipts),
+            span(earned.billed.0),
+            credits(earned.credits.0),
+        ]);
+    }
+    out.table(&table);
+}
+
+fn summary_json(s: &Summary) -> Value {
+    let institutions: serde_json::Map<String, Value> = s
+        .institutions
+        .iter()
+        .map(|(name, e)| {
+            (
+                name.to_string(),
+                json!({"receipts": e.receipts, "billed_ms": e.billed.0, "microcredits": e.credits.0}),
+            )
+        })
+        .collect();
+    json!({
+        "verified": true, "scheduler": s.scheduler.to_string(), "created_ms": s.created.0,
+        "entries": s.entries, "records": s.records, "head": view::hex(&s.head.0), "balances": view::hex(&s.balances.0),
+        "tree_head": s.tree_head.to_string(), "heads_that_fit": s.heads, "disputes_open": s.disputes_open,
+        "granted_microcredits": s.granted.0, "reserved_microcredits": s.reserved.0,
+        "settled_microcredits": s.settled.0, "released_microcredits": s.released.0,
+        "institutions": institutions,
+    })
+}

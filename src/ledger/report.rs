@@ -1,0 +1,291 @@
+//! `karez ledger statement`, `netting` and `usage`: computed here, from an export that was verified first.
+use super::{check, export};
+use crate::{
+    cli::Context,
+    fault::{Kind, fault},
+    link,
+    out::{Column, Table, moment},
+};
+use anyhow::{Context as _, Result};
+use clap::{Args, ValueEnum};
+use karez_core::{id::Institution, key::SchedulerId, money::Account};
+use karez_ledger::{
+    Entry, Summary,
+    note::Note,
+    report::{Form, FormWriter, Month, Netting, Pseudonyms, Statement, StatementBuilder},
+    verify_each,
+};
+use serde_json::json;
+use std::{
+    fs::File,
+    io::{self, BufWriter, Seek as _, Write as _},
+    path::{Path, PathBuf},
+};
+
+/// From which copy of the ledger.
+#[derive(Debug, Args)]
+pub(super) struct Source {
+    /// An export to compute from [default: the scheduler's ledger as it is now]
+    #[arg(long, value_name = "LEDGER")]
+    file: Option<PathBuf>,
+    /// The scheduler whose ledger it must be [default: the one of this home, else any]
+    #[arg(long, value_name = "KEY")]
+    key: Vec<SchedulerId>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Shape {
+    /// Signed text
+    Text,
+    /// A line per counterpart
+    Csv,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct StatementArgs {
+    /// Whose statement
+    #[arg(long, value_name = "NAME")]
+    institution: Institution,
+    /// Which month, in UTC
+    #[arg(long, value_name = "YYYY-MM")]
+    month: Month,
+    /// Text is a signed note: keep it, or check another's with --check
+    #[arg(long, value_enum, default_value_t = Shape::Text)]
+    format: Shape,
+    /// Compare with a signed statement, instead of printing one
+    #[arg(long, value_name = "STATEMENT")]
+    check: Option<PathBuf>,
+    #[command(flatten)]
+    source: Source,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct NettingArgs {
+    /// Up to the end of this month [default: up to now]
+    #[arg(long, value_name = "YYYY-MM")]
+    month: Option<Month>,
+    #[command(flatten)]
+    source: Source,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct UsageArgs {
+    /// The form: ogf, apel, focus, auditor, csv or ndjson
+    #[arg(long)]
+    form: Form,
+    /// Only this month, in UTC
+    #[arg(long, value_name = "YYYY-MM")]
+    month: Option<Month>,
+    /// Only what this institution lent or used
+    #[arg(long, value_name = "NAME")]
+    institution: Option<Institution>,
+    /// Where to write; - for standard output
+    #[arg(short, long, value_name = "FILE", default_value = "-")]
+    output: PathBuf,
+    #[command(flatten)]
+    source: Source,
+}
+
+/// Verifies the ledger and hands over its entries.
+async fn walk(
+    context: &Context,
+    source: &Source,
+    each: &mut dyn FnMut(&Entry) -> io::Result<()>,
+) -> Result<Summary> {
+    let mut keys = source.key.clone();
+    if keys.is_empty()
+        && let Some(config) = context.home.config_if_any()?
+    {
+        keys.push(config.scheduler);
+    }
+    if let Some(path) = &source.file {
+        let name = check::name_of(path);
+        return verify_each(&mut check::open(path)?, &check::options(&keys), each)
+            .map_err(|found| fault(Kind::NotVerified, format!("{name}: {found}")));
+    }
+    let link = link::open(&context.home).await?;
+    // It is read once it is whole: a file without a name, gone when it is closed.
+    let path = context
+        .home
+        .dir()
+        .join(format!("ledger-{}.part", std::process::id()));
+    let name = path.display().to_string();
+    let mut file = File::options()
+        .create_new(true)
+        .read(true)
+        .write(true)
+        .open(&path)
+        .with_context(|| name.clone())?;
+    std::fs::remove_file(&path).with_context(|| name.clone())?;
+    let mut out = BufWriter::new(&mut file);
+    export(&link, &mut out).await?;
+    out.flush().with_context(|| name.clone())?;
+    drop(out);
+    file.rewind().with_context(|| name.clone())?;
+    verify_each(
+        &mut io::BufReader::with_capacity(1 << 20, file),
+        &check::options(&keys),
+        each,
+    )
+    .map_err(|found| fault(Kind::NotVerified, format!("the scheduler's ledger: {found}")))
+}
+
+pub(super) async fn statement(context: &Context, args: &StatementArgs) -> Result<()> {
+    let mut builder = StatementBuilder::new(args.institution.clone(), args.month);
+    let summary = walk(context, &args.source, &mut |entry| {
+        builder.take(entry);
+        Ok(())
+    })
+    .await?;
+    let (statement, _) = builder.finish(&summary.tree_head);
+    if let Some(path) = &args.check {
+        return compare(context, path, &statement);
+    }
+    let out = context.out;
+    let secret = context.home.key()?;
+    let note = statement.sign(&secret).to_string();
+    if out.json {
+        out.json(&json!({
+            "institution": statement.institution.as_str(), "month": statement.month.to_string(), "note": note,
+            "csv": statement.csv(), "net_microcredits": statement.net.to_string(),
+            "account_microcredits": statement.closing, "owed_microcredits": statement.age.total(),
+        }));
+        return Ok(());
+    }
+    match args.format {
+        Shape::Text => out.raw(note.as_bytes()),
+        Shape::Csv => out.raw(statement.csv().as_bytes()),
+    }
+    Ok(())
+}
+
+/// Is another's signed statement what this ledger gives?
+fn compare(context: &Context, path: &Path, ours: &Statement) -> Result<()> {
+    let name = path.display().to_string();
+    let bad = |why: String| fault(Kind::NotVerified, format!("{name}: {why}"));
+    let text = std::fs::read_to_string(path).with_context(|| name.clone())?;
+    let note = Note::parse(&text).map_err(|e| bad(e.to_string()))?;
+    let signer = note
+        .signatures
+        .iter()
+        .find_map(|line| line.name.strip_prefix("karez-statement/")?.parse().ok());
+    let signer = signer.ok_or_else(|| bad("nobody signed it as a statement".into()))?;
+    if ours.is_signed(&note, &signer).map_err(|e| bad(e.to_string()))? {
+        context.out.line(format!("the same, signed by {signer}"));
+        return Ok(());
+    }
+    let mine = ours.text();
+    let differs = note
+        .text()
+        .lines()
+        .zip(mine.lines())
+        .find(|(theirs, ours)| theirs != ours);
+    Err(bad(match differs {
+        Some((theirs, ours)) => format!("it says {theirs:?}, this ledger gives {ours:?}"),
+        None => "it has other lines than this ledger gives".into(),
+    }))
+}
+
+pub(super) async fn netting(context: &Context, args: &NettingArgs) -> Result<()> {
+    // Any institution's statement collects the flows of all.
+    let end = match args.month {
+        Some(month) => month,
+        None => Month::of(super::file::now()),
+    };
+    let mut builder = StatementBuilder::new("any-one".parse()?, end);
+    let mut accounts = karez_core::money::Accounts::default();
+    let summary = walk(context, &args.source, &mut |entry| {
+        builder.take(entry);
+        if let Some(limit) = karez_ledger::report::limit(&entry.posting) {
+            accounts.set_limit(limit.0, limit.1);
+        }
+        accounts.apply(&entry.posting).map_err(io::Error::other)
+    })
+    .await?;
+    let (_, netting) = builder.finish(&summary.tree_head);
+    let at = karez_core::unit::UtcMillis(end.end().0.saturating_sub(1).min(summary.created.0));
+    print_netting(context, &netting, &accounts, at);
+    Ok(())
+}
+
+fn print_netting(
+    context: &Context,
+    netting: &Netting,
+    accounts: &karez_core::money::Accounts,
+    at: karez_core::unit::UtcMillis,
+) {
+    let out = context.out;
+    let credits = |micro: i128| crate::out::signed_credits(i64::try_from(micro).unwrap_or(i64::MAX));
+    let owed = |micro: u64| credits(i128::from(micro));
+    if out.json {
+        for (name, net) in netting.positions() {
+            let age = netting.age(name, at);
+            out.json(&json!({
+                "institution": name.as_str(), "net_microcredits": net.to_string(),
+                "account_microcredits": accounts.balance(&Account::Institution(name.clone())),
+                "limit_microcredits": accounts.limit(name).0,
+                "owed_to_30_days": age.current, "owed_31_to_60_days": age.over_30,
+                "owed_61_to_90_days": age.over_60, "owed_over_90_days": age.over_90,
+            }));
+        }
+        for t in netting.transfers() {
+            out.json(&json!({"from": t.from.as_str(), "to": t.to.as_str(), "microcredits": t.credits}));
+        }
+        return;
+    }
+    out.line(format!(
+        "net of lending and use among institutions, {}",
+        moment(at.0)
+    ));
+    let mut table = Table::new(&[
+        ("INSTITUTION", Column::Cut),
+        ("NET", Column::Right),
+        ("ACCOUNT", Column::Right),
+        ("LIMIT", Column::Right),
+        ("OWED <=30 D", Column::Right),
+        ("31-60", Column::Right),
+        ("61-90", Column::Right),
+        (">90", Column::Right),
+    ]);
+    for (name, net) in netting.positions() {
+        let age = netting.age(name, at);
+        table.row(vec![
+            name.to_string(),
+            credits(net),
+            credits(accounts.balance(&Account::Institution(name.clone())).into()),
+            owed(accounts.limit(name).0),
+            owed(age.current),
+            owed(age.over_30),
+            owed(age.over_60),
+            owed(age.over_90),
+        ]);
+    }
+    out.table(&table);
+    for t in netting.transfers() {
+        out.line(format!("{} pays {} {}", t.from, t.to, owed(t.credits)));
+    }
+}
+
+pub(super) async fn usage(context: &Context, args: &UsageArgs) -> Result<()> {
+    // The secret of these names is the home's own: the same user has the same name in the next export of a month.
+    let names = Pseudonyms::new(context.home.key()?.as_bytes());
+    let stdout = args.output.as_os_str() == "-";
+    let name = args.output.display().to_string();
+    let mut to: Box<dyn io::Write> = if stdout {
+        Box::new(BufWriter::new(io::stdout()))
+    } else {
+        Box::new(BufWriter::new(
+            File::create(&args.output).with_context(|| name.clone())?,
+        ))
+    };
+    let mut writer = FormWriter::begin(&mut *to, args.form, names, args.month, args.institution.clone())?;
+    walk(context, &args.source, &mut |entry| writer.take(entry)).await?;
+    let records = writer.finish().with_context(|| name.clone())?;
+    let out = context.out;
+    if !stdout && out.json {
+        out.json(&json!({"path": args.output, "records": records, "form": args.form.to_string()}));
+    } else if !stdout {
+        out.line(format!("{name}: {records} records as {}", args.form));
+    }
+    Ok(())
+}
