@@ -4,7 +4,7 @@
 //! The shell's promise: every [`Effect::Persist`] of a batch is on disk before any other effect of that batch
 //! leaves the process. So a lease is stored before it is granted, and the intent to start a worker before it starts.
 //!
-//! Not here: how to fetch, run or sign in ([`karez-node`]); what the scheduler decides ([`crate::controller`]).
+//! Not here: how to fetch, run or sign in (`karez-node`); what the scheduler decides ([`crate::controller`]).
 mod leases;
 mod mind;
 #[cfg(test)]
