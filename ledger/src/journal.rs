@@ -5,7 +5,7 @@
 //! crc   = CRC-32 (IEEE) over len, number and payload
 //! ```
 //!
-//! A frame counts once [`Journal::append`] returned: it was written and `sync_data` came back. Bytes after the last
+//! A frame counts once `Journal::append` returned: it was written and `sync_data` came back. Bytes after the last
 //! whole frame are a *torn tail*, the remains of an append nobody was told about: opening cuts them off and reports
 //! it. A bad frame with good frames behind it is *damage*: reported with its offset, and nothing is cut.
 //!

@@ -2,7 +2,7 @@
 //!
 //! Pure rules first: [`book`] (the chain of entries and the balances) and [`evidence`] (what a posting must prove).
 //! Then files: [`journal`] (CRC-framed, the truth on disk), [`store`] (the index beside it) and [`writer`] (the one
-//! durable writer of a daemon, for ledger and state alike). Last, what leaves the house: [`export`] and [`verify`].
+//! durable writer of a daemon, for ledger and state alike). Last, what leaves the house: [`mod@export`] and [`mod@verify`].
 //!
 //! Not here: the records themselves and the arithmetic of money (`karez-core`), and any socket.
 //!
