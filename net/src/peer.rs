@@ -52,6 +52,7 @@ const IDENTIFY: &str = "/karez/1";
 const SCHEDULERS_KEY: &[u8] = b"karez/scheduler/1";
 
 const ANSWER_BYTES_MAX: usize = 1024;
+const ADDR_BYTES_MAX: usize = 255;
 /// Offers and verdicts that wait for the application at one time; beyond it peers hear "busy".
 const WAITING_MAX: usize = 1024;
 const EVENTS_MAX: usize = 1024;
@@ -125,7 +126,10 @@ impl PeerConfig {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Answer {
     /// Taken into its market.
-    Accepted,
+    Accepted {
+        /// `host:port` of the scheduler's control API, for a node that found it; at most 255 bytes, may be empty.
+        control_addr: String,
+    },
     /// Not taken.
     Refused {
         /// In the scheduler's own words; at most 500 bytes travel.
@@ -1218,7 +1222,14 @@ async fn write_framed<W: AsyncWrite + Unpin + Send>(io: &mut W, bytes: &[u8]) ->
 impl Answer {
     fn encode(&self) -> Vec<u8> {
         match self {
-            Self::Accepted => vec![0],
+            Self::Accepted { control_addr } => {
+                let mut out = vec![0];
+                // Half an address would lead elsewhere.
+                if control_addr.len() <= ADDR_BYTES_MAX {
+                    out.extend_from_slice(control_addr.as_bytes());
+                }
+                out
+            }
             Self::Refused { reason } => {
                 let end = (0..=reason.len().min(500))
                     .rev()
@@ -1233,7 +1244,14 @@ impl Answer {
 
     fn decode(bytes: &[u8]) -> io::Result<Self> {
         match bytes.split_first() {
-            Some((0, [])) => Ok(Self::Accepted),
+            Some((0, addr)) => match std::str::from_utf8(addr) {
+                Ok(addr) if addr.len() <= ADDR_BYTES_MAX && !addr.contains(char::is_control) => {
+                    Ok(Self::Accepted {
+                        control_addr: addr.to_owned(),
+                    })
+                }
+                _ => Err(io::Error::new(io::ErrorKind::InvalidData, "not an address")),
+            },
             Some((1, reason)) => Ok(Self::Refused {
                 // Shown to people: no control characters from strangers.
                 reason: String::from_utf8_lossy(reason)
@@ -1296,13 +1314,21 @@ mod tests {
 
     #[test]
     fn answers_read_what_they_write() {
-        for answer in [Answer::Accepted, refused("no such institution"), refused("")] {
+        let accepted = |addr: &str| Answer::Accepted {
+            control_addr: addr.into(),
+        };
+        for answer in [
+            accepted(""),
+            accepted("karez.example.org:7400"),
+            refused("no such institution"),
+            refused(""),
+        ] {
             assert_eq!(Answer::decode(&answer.encode()).unwrap(), answer);
         }
         let long = refused(&"é".repeat(1000));
         assert!(long.encode().len() <= 501);
         assert!(Answer::decode(&long.encode()).is_ok());
-        for bad in [&[][..], &[2], &[0, 1]] {
+        for bad in [&[][..], &[2], &[0, 1], &[0, 0xff], &[0; 300]] {
             assert!(Answer::decode(bad).is_err());
         }
     }

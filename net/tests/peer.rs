@@ -46,6 +46,12 @@ async fn listening(peer: &Peer) -> Multiaddr {
     panic!("the swarm does not listen");
 }
 
+fn accepted() -> Answer {
+    Answer::Accepted {
+        control_addr: "127.0.0.1:7400".into(),
+    }
+}
+
 /// Answers every offer, and reports it.
 fn answer_offers(mut events: Receiver<PeerEvent>, how: Answer) -> Receiver<(PublicKey, Vec<u8>)> {
     let (report, reports) = tokio::sync::mpsc::channel(64);
@@ -71,7 +77,7 @@ async fn a_node_finds_a_scheduler_through_another_and_its_offer_is_answered() {
     let (_a, _a_events, a_addr) = scheduler(1, vec![]).await;
     // The second scheduler knows the first; the node knows the first only.
     let (b, b_events, _) = scheduler(2, vec![a_addr.clone()]).await;
-    let mut offers = answer_offers(b_events, Answer::Accepted);
+    let mut offers = answer_offers(b_events, accepted());
     within("the schedulers' meeting", async {
         while b.connected().await.unwrap() != [key(1)] {
             sleep(Duration::from_millis(50)).await;
@@ -97,7 +103,7 @@ async fn a_node_finds_a_scheduler_through_another_and_its_offer_is_answered() {
         Some(PeerEvent::SchedulerFound(_))
     ));
     let answer = within("the answer", node.advertise(key(2), b"an offer".to_vec())).await;
-    assert_eq!(answer, Ok(Answer::Accepted));
+    assert_eq!(answer, Ok(accepted()));
     assert_eq!(
         within("the offer", offers.recv()).await,
         Some((key(3), b"an offer".to_vec()))
@@ -193,7 +199,7 @@ async fn summaries_reach_schedulers_that_are_not_neighbours() {
 #[tokio::test]
 async fn noise_on_the_port_harms_nothing_and_a_lost_bootstrap_is_found_again() {
     let (a, events, addr) = scheduler(1, vec![]).await;
-    let _offers = answer_offers(events, Answer::Accepted);
+    let _offers = answer_offers(events, accepted());
     let port = addr
         .iter()
         .find_map(|p| match p {
@@ -219,7 +225,7 @@ async fn noise_on_the_port_harms_nothing_and_a_lost_bootstrap_is_found_again() {
     within("the first connection", connected(&node)).await;
     assert_eq!(
         within("the answer", node.advertise(key(1), vec![1])).await,
-        Ok(Answer::Accepted)
+        Ok(accepted())
     );
     a.stop().await;
     drop(a);

@@ -1,9 +1,16 @@
-//! Telling one scheduler the newest offer, over the peer network, until it has heard it.
-use crate::wait::Backoff;
+//! Telling schedulers the newest offer, over the peer network: those of the settings until they have heard it, and
+//! those that are found, if the owner wants that, until they admit this node.
+use crate::{config::is_host_port, daemon::Input, wait::Backoff};
 use karez_core::key::SchedulerId;
-use karez_net::peer::{Answer, Peer};
-use std::{sync::Arc, time::Duration};
-use tokio::sync::watch;
+use karez_net::peer::{Answer, Peer, PeerEvent};
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
+use tokio::{
+    sync::{mpsc, watch},
+    task::JoinSet,
+};
+
+/// The most schedulers beyond the settings that are ever asked for admission by one process.
+const FOUND_MAX: usize = 32;
 
 /// So many failures to deliver an offer are not mentioned.
 const QUIET_FAILURES: u32 = 3;
@@ -36,7 +43,7 @@ pub(crate) async fn advertise(
                 break;
             };
             match peer.advertise(to.0, offer.to_vec()).await {
-                Ok(Answer::Accepted) => {
+                Ok(Answer::Accepted { .. }) => {
                     heard("accepted".into());
                     break;
                 }
@@ -60,5 +67,60 @@ pub(crate) async fn advertise(
                 changed = newest.changed() => if changed.is_err() { return },
             }
         }
+    }
+}
+
+/// Asks every scheduler that is found on the peer network, but those in `settings`, to admit this node; tells the
+/// daemon of each that does. Runs until the peer network ends.
+pub(crate) async fn find(
+    peer: Peer,
+    mut events: mpsc::Receiver<PeerEvent>,
+    settings: BTreeSet<SchedulerId>,
+    wanted: bool,
+    newest: Newest,
+    inputs: mpsc::Sender<Input>,
+) {
+    let mut asked = BTreeSet::new();
+    let mut asking = JoinSet::new();
+    while let Some(event) = events.recv().await {
+        let PeerEvent::SchedulerFound(found) = event else {
+            continue;
+        };
+        let to = SchedulerId(found.key);
+        tracing::debug!(scheduler = %to.short(), wanted, "found on the peer network");
+        let news = wanted && !settings.contains(&to) && asked.len() < FOUND_MAX && asked.insert(to);
+        if news {
+            asking.spawn(ask(peer.clone(), to, newest.clone(), inputs.clone()));
+        }
+        while asking.try_join_next().is_some() {}
+    }
+}
+
+/// Sends the offer until the scheduler takes it and says where its control API is.
+async fn ask(peer: Peer, to: SchedulerId, mut newest: Newest, inputs: mpsc::Sender<Input>) {
+    let mut backoff = Backoff::new(Duration::from_secs(1), Duration::from_secs(600));
+    loop {
+        let Ok(offer) = newest.wait_for(Option::is_some).await.map(|offer| offer.clone()) else {
+            return;
+        };
+        let Some(offer) = offer else { continue };
+        match peer.advertise(to.0, offer.to_vec()).await {
+            Ok(Answer::Accepted { control_addr }) if is_host_port(&control_addr) => {
+                let admitted = Input::Admitted {
+                    scheduler: to,
+                    control_addr,
+                };
+                // A daemon that ended needs no more schedulers.
+                let _ = inputs.send(admitted).await;
+                return;
+            }
+            Ok(answer) => {
+                tracing::debug!(scheduler = %to.short(), ?answer, "a found scheduler does not admit this node")
+            }
+            Err(error) => {
+                tracing::debug!(scheduler = %to.short(), %error, "a found scheduler does not answer")
+            }
+        }
+        tokio::time::sleep(backoff.next()).await;
     }
 }

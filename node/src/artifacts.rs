@@ -52,23 +52,29 @@ pub(crate) struct Artifacts {
     store: ArtifactStore,
     transfers: Transfers,
     models: Arc<RwLock<BTreeSet<Digest>>>,
+    /// Who may read everything.
+    schedulers: Arc<RwLock<BTreeSet<SchedulerId>>>,
 }
 
 impl Artifacts {
-    /// Serves `store` at `listen`. `models` are the digests that anybody may read.
+    /// Serves `store` at `listen`. `models` are the digests that anybody may read; see also [`Artifacts::trust`].
     pub(crate) fn serve(
         store: ArtifactStore,
         listen: SocketAddr,
         secret: &SecretKey,
-        schedulers: Vec<SchedulerId>,
         models: BTreeSet<Digest>,
     ) -> Result<Self, TransferError> {
         let models = Arc::new(RwLock::new(models));
         let known = models.clone();
+        let schedulers = Arc::new(RwLock::new(BTreeSet::new()));
+        let trusted = schedulers.clone();
         let policy: TransferPolicy = Arc::new(move |who, op| match op {
             Op::Put(_) => false,
             Op::Get(artifact) | Op::Has(artifact) => {
-                schedulers.iter().any(|s| s.0 == *who)
+                trusted
+                    .read()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .contains(&SchedulerId(*who))
                     || known
                         .read()
                         .unwrap_or_else(PoisonError::into_inner)
@@ -80,7 +86,14 @@ impl Artifacts {
             store,
             transfers,
             models,
+            schedulers,
         })
+    }
+
+    /// This scheduler may read everything from now on.
+    pub(crate) fn trust(&self, scheduler: SchedulerId) {
+        let mut schedulers = self.schedulers.write().unwrap_or_else(PoisonError::into_inner);
+        schedulers.insert(scheduler);
     }
 
     pub(crate) fn store(&self) -> &ArtifactStore {

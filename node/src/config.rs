@@ -116,6 +116,8 @@ pub struct Policy {
     pub institutions_excluded: Vec<Institution>,
     /// These kinds of work only; empty for all.
     pub work: Vec<WorkKind>,
+    /// Whether the machine is also offered to schedulers that are found on the peer network and admit it.
+    pub find_schedulers: bool,
 }
 
 /// Where the node listens. It needs no open port: all it must do is dial out.
@@ -300,6 +302,7 @@ struct RawPolicy {
     institutions: Vec<Institution>,
     institutions_excluded: Vec<Institution>,
     work: Vec<WorkKind>,
+    find_schedulers: bool,
 }
 
 #[derive(Deserialize, Default)]
@@ -474,6 +477,7 @@ impl RawConfig {
                 institutions: self.policy.institutions,
                 institutions_excluded: self.policy.institutions_excluded,
                 work: self.policy.work,
+                find_schedulers: self.policy.find_schedulers,
             },
             listen: Listen {
                 artifacts: self
@@ -605,6 +609,8 @@ store = "20 GiB"
 # institutions = ["uni-nairobi"]
 # institutions_excluded = []
 # work = ["noop", "embed", "generate"]
+# Offer this machine also to schedulers that it finds on the peer network, if they admit it.
+# find_schedulers = true
 
 # A node dials out; none of these ports has to be reachable. If the artifact port is, others fetch models from here.
 [listen]

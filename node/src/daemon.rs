@@ -10,7 +10,7 @@ mod start;
 mod status;
 
 use crate::{
-    config::{ConfigError, NodeConfig},
+    config::{ConfigError, NodeConfig, SchedulerEntry},
     control::{self, ControlError, Request},
     probe::Found,
     runner::{Ended, Tools},
@@ -21,12 +21,17 @@ use karez_core::{
     agent::{Agent, Effect, Event, Exit, OwnerCommand},
     exchange::{Refusal, ToNode, ToScheduler},
     id::LeaseKey,
-    key::{NodeId, SchedulerId},
+    key::{NodeId, SchedulerId, SecretKey},
     store::StoredError,
     unit::{Bytes, MonoMillis, Now, UtcMillis},
 };
 use karez_ledger::{Op, StoreError, Writer};
-use karez_net::{identity::IdentityError, peer::PeerError, store::Pin, transfer::TransferError};
+use karez_net::{
+    identity::IdentityError,
+    peer::{Peer, PeerError},
+    store::Pin,
+    transfer::TransferError,
+};
 use std::{
     collections::{BTreeMap, VecDeque},
     ffi::OsString,
@@ -160,6 +165,11 @@ pub(crate) enum Input {
         pins: Vec<Pin>,
         bytes_in: Bytes,
     },
+    /// A scheduler that was found on the peer network takes this node's offers.
+    Admitted {
+        scheduler: SchedulerId,
+        control_addr: String,
+    },
     /// A lease came to its end.
     Ended { key: LeaseKey, ended: Box<Ended> },
 }
@@ -237,6 +247,8 @@ struct Daemon {
     own: Vec<Op>,
     offers: watch::Sender<Option<Arc<Vec<u8>>>>,
     sessions: JoinSet<()>,
+    peer: Peer,
+    secret: SecretKey,
     /// Why nothing can be stored now.
     stalled: Option<String>,
     /// The owner said to drain while this process lives.
@@ -244,7 +256,7 @@ struct Daemon {
     /// The daemon is on its way out.
     leaving: bool,
     /// Ends with the daemon.
-    _background: JoinSet<()>,
+    background: JoinSet<()>,
     _listener: control::Listener,
 }
 
@@ -351,6 +363,18 @@ impl Daemon {
                     tracing::info!(scheduler = %scheduler.short(), "the offer: {text}");
                     known.offer = text;
                 }
+                return;
+            }
+            Input::Admitted {
+                scheduler,
+                control_addr,
+            } => {
+                tracing::info!(scheduler = %scheduler.short(), %control_addr, "a scheduler was found that admits this node");
+                self.offer_to(SchedulerEntry {
+                    key: scheduler,
+                    control_addr,
+                    peer_addrs: Vec::new(),
+                });
                 return;
             }
             Input::Heard(scheduler, said) => match *said {

@@ -141,7 +141,9 @@ async fn judge(shared: &Shared, from: PublicKey, bytes: &[u8]) -> Option<Answer>
             .ask(move |request| Event::Offer { request, from, offer })
             .await?
         {
-            Reply::OfferTaken => Some(Answer::Accepted),
+            Reply::OfferTaken => Some(Answer::Accepted {
+                control_addr: shared.config.control.advertise.clone(),
+            }),
             Reply::Refused(denial) => {
                 tracing::info!(node = %from.short(), %denial, "an offer was refused");
                 Some(Answer::Refused {

@@ -222,6 +222,75 @@ fn three_parties_meet_by_the_readme() {
     assert!(spent.as_u64().unwrap() > 0, "{answer}");
 }
 
+#[test]
+fn a_node_finds_a_scheduler_that_admits_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let home = |name: &str| dir.path().join(name);
+    let (known, open, machine) = (home("known"), home("open"), home("machine"));
+    let scheduler = |home: &std::path::Path, more: &[&str]| {
+        let port = free_ports().to_string();
+        let init = [
+            "scheduler",
+            "init",
+            "--institution",
+            "my-federation",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            &port,
+        ];
+        run(home, &[&init[..], more].concat()).ok();
+    };
+    let edit = |file: std::path::PathBuf, from: &str, to: &str| {
+        let text = fs::read_to_string(&file).unwrap();
+        assert!(text.contains(from), "{text}");
+        fs::write(file, text.replace(from, to)).unwrap();
+    };
+    let mut daemons = Daemons::default();
+    scheduler(&known, &[]);
+    daemons.start(&known, "scheduler");
+    let invite = |home: &std::path::Path, role| {
+        let args = ["scheduler", "invite", "--role", role, "--credits", "10"];
+        let args = if role == "node" { &args[..4] } else { &args[..] };
+        run(home, args).ok().out.trim().to_owned()
+    };
+    let init = ["node", "init", "--country", "KE", "--name", "wanderer", "--join"];
+    let invitation = invite(&known, "node");
+    patiently(|| run(&machine, &[&init[..], &[&invitation]].concat()).code == 0);
+    let settings = machine.join("node/node.toml");
+    let text = fs::read_to_string(&settings).unwrap();
+    let peers = text.lines().find(|line| line.starts_with("peer_addrs")).unwrap();
+    let peers = peers.split_once('=').unwrap().1;
+
+    // All that the second scheduler and the node know of each other is the first scheduler's address.
+    scheduler(&open, &["--open", "10"]);
+    let its_settings = open.join("scheduler/scheduler.toml");
+    edit(its_settings, "bootstrap = []", &format!("bootstrap = {peers}"));
+    daemons.start(&open, "scheduler");
+    let user = invite(&open, "user");
+    patiently(|| run(&home("user"), &["join", &user]).code == 0);
+    edit(settings, "# find_schedulers = true", "find_schedulers = true");
+    daemons.start(&machine, "node");
+    patiently(|| {
+        let offers = run(&home("user"), &["offers"]);
+        offers.code == 0 && offers.out.contains("wanderer")
+    });
+    // It is not only listed: it works for the one that found it, too.
+    fs::write(home("input.jsonl"), "{}\n").unwrap();
+    let input = home("input.jsonl");
+    let job = format!("work = \"noop\"\ninput = {input:?}\n[noop]\nmillis_per_item = 1\n");
+    fs::write(home("job.toml"), job).unwrap();
+    let job = home("job.toml");
+    let done = run(&home("user"), &["submit", job.to_str().unwrap(), "--json"]).ok();
+    assert!(done.out.contains("wanderer"), "{done:?}");
+    let status = run(&machine, &["node", "status"]).ok();
+    assert_eq!(
+        status.out.matches("connected, offer accepted").count(),
+        2,
+        "{status:?}"
+    );
+}
+
 /// Daemons that end with the test.
 #[derive(Default)]
 struct Daemons(Vec<std::process::Child>);

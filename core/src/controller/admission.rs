@@ -56,7 +56,7 @@ impl Controller {
         out.push(Effect::Reply(request, reply));
     }
 
-    fn join(
+    pub(super) fn join(
         &mut self,
         now: Now,
         caller: PublicKey,

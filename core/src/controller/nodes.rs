@@ -1,7 +1,7 @@
 //! What nodes say: offers, reports, grants, refusals; and attempts that came to nothing.
 use super::mind::{BACKOFF, Controller};
 use super::{
-    Denial, Effect, Reply, RequestId,
+    Denial, Effect, JoinBy, Reply, RequestId,
     job::{JobState, Part},
 };
 use crate::{
@@ -28,6 +28,18 @@ impl Controller {
         offer: Verified<Offer>,
         out: &mut Vec<Effect>,
     ) {
+        if !self.members.contains_key(&from) {
+            // A node that found this scheduler by itself: where admission is open, its offer is its application.
+            let wanted = JoinBy::Open {
+                role: Role::Node,
+                institution: offer.institution.clone(),
+            };
+            if let Err(denial) = self.join(now, from, offer.name.clone(), wanted, out) {
+                self.offers_refused += 1;
+                out.push(Effect::Reply(request, Reply::Refused(denial)));
+                return;
+            }
+        }
         let denial = match self.members.get(&from) {
             None => Some(Denial::NotAdmitted(from)),
             Some(m) if m.role != Role::Node => Some(Denial::WrongRole {

@@ -1,9 +1,9 @@
 //! Putting a node together from its directory.
 use super::{Daemon, DaemonError, INPUTS_MAX, Input, Known, MODELS, RunOptions, clock};
 use crate::{
-    advertise::advertise,
+    advertise::{self, advertise},
     artifacts::Artifacts,
-    config::NodeConfig,
+    config::{NodeConfig, SchedulerEntry},
     control,
     files::NodeFiles,
     probe::{self, Found},
@@ -20,7 +20,7 @@ use karez_core::{
 use karez_ledger::{Op, Options, StoreError, Writer};
 use karez_net::{
     identity,
-    peer::{Peer, PeerConfig, PeerEvent},
+    peer::{Peer, PeerConfig},
     store::ArtifactStore,
 };
 use std::{
@@ -85,8 +85,7 @@ impl Daemon {
                 key: d.0.to_vec(),
             })
             .collect();
-        let schedulers = config.schedulers.iter().map(|s| s.key).collect();
-        let artifacts = Artifacts::serve(store, config.listen.artifacts, &secret, schedulers, models)?;
+        let artifacts = Artifacts::serve(store, config.listen.artifacts, &secret, models)?;
 
         let stored: Vec<Stored> = Agent::TABLES
             .iter()
@@ -106,47 +105,18 @@ impl Daemon {
         )?;
 
         let peer_config = peer_config(&config, &files.config())?;
-        let (peer, mut peer_events) = Peer::start(&secret, peer_config)?;
-        let mut background = JoinSet::new();
-        background.spawn(async move {
-            while let Some(event) = peer_events.recv().await {
-                if let PeerEvent::SchedulerFound(found) = event {
-                    tracing::debug!(scheduler = %found.key.short(), "found on the peer network");
-                }
-            }
-        });
-
+        let (peer, events) = Peer::start(&secret, peer_config)?;
         let (back, inputs) = mpsc::channel(INPUTS_MAX);
         let (offers, newest) = watch::channel(None);
-        let mut sessions = JoinSet::new();
-        let mut known = BTreeMap::new();
-        for scheduler in &config.schedulers {
-            let (tell_addrs, artifact_addrs) = watch::channel(Vec::new());
-            known.insert(
-                scheduler.key,
-                Known {
-                    name: String::new(),
-                    control_addr: scheduler.control_addr.clone(),
-                    connected: false,
-                    why: "not reached yet".into(),
-                    offer: String::new(),
-                    artifact_addrs,
-                },
-            );
-            let to = scheduler.key;
-            let tell = back.clone();
-            background.spawn(advertise(peer.clone(), to, newest.clone(), move |text| {
-                // Status for people: the next word replaces it anyway.
-                let _ = tell.try_send(Input::OfferHeard { scheduler: to, text });
-            }));
-            sessions.spawn(session::keep(Dial {
-                scheduler: scheduler.clone(),
-                secret: secret.clone(),
-                name: config.name.clone(),
-                inputs: back.clone(),
-                artifact_addrs: tell_addrs,
-            }));
-        }
+        let mut background = JoinSet::new();
+        background.spawn(advertise::find(
+            peer.clone(),
+            events,
+            config.schedulers.iter().map(|s| s.key).collect(),
+            config.policy.find_schedulers,
+            newest,
+            back.clone(),
+        ));
         if config.schedulers.is_empty() {
             tracing::warn!(
                 "no [[scheduler]] in {}: nobody will place anything here",
@@ -161,7 +131,7 @@ impl Daemon {
         let warm = Warm::new(options.worker, keep);
         tracing::info!(node = %id, name = %config.name, "the node runs");
         let (threads, sequences) = (found.threads, config.models.sequences);
-        Ok(Self {
+        let mut daemon = Self {
             began,
             id,
             found,
@@ -179,20 +149,61 @@ impl Daemon {
             waiting: VecDeque::new(),
             requests,
             links: BTreeMap::new(),
-            known,
+            known: BTreeMap::new(),
             guests: BTreeMap::new(),
             fetches: BTreeMap::new(),
             pins: BTreeMap::new(),
             own,
             offers,
-            sessions,
+            sessions: JoinSet::new(),
+            peer,
+            secret,
             stalled: None,
             draining: false,
             leaving: false,
-            _background: background,
+            background,
             _listener: listener,
             config,
-        })
+        };
+        for scheduler in daemon.config.schedulers.clone() {
+            daemon.offer_to(scheduler);
+        }
+        Ok(daemon)
+    }
+
+    /// Offers this node to a scheduler from now on, and keeps a session with it.
+    pub(super) fn offer_to(&mut self, scheduler: SchedulerEntry) {
+        let to = scheduler.key;
+        if self.known.contains_key(&to) {
+            return;
+        }
+        let (tell_addrs, artifact_addrs) = watch::channel(Vec::new());
+        self.known.insert(
+            to,
+            Known {
+                name: String::new(),
+                control_addr: scheduler.control_addr.clone(),
+                connected: false,
+                why: "not reached yet".into(),
+                offer: String::new(),
+                artifact_addrs,
+            },
+        );
+        self.tools.artifacts.trust(to);
+        let tell = self.back.clone();
+        let newest = self.offers.subscribe();
+        self.background
+            .spawn(advertise(self.peer.clone(), to, newest, move |text| {
+                // Status for people: the next word replaces it anyway.
+                let _ = tell.try_send(Input::OfferHeard { scheduler: to, text });
+            }));
+        self.sessions.spawn(session::keep(Dial {
+            scheduler,
+            secret: self.secret.clone(),
+            name: self.config.name.clone(),
+            inputs: self.back.clone(),
+            artifact_addrs: tell_addrs,
+        }));
     }
 }
 

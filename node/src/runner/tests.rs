@@ -21,14 +21,7 @@ fn bench() -> Bench {
     let scratch = dir.path().join("scratch");
     std::fs::create_dir(&scratch).unwrap();
     let secret = SecretKey::from_bytes(&[9; 32]);
-    let artifacts = Artifacts::serve(
-        store,
-        ([127, 0, 0, 1], 0).into(),
-        &secret,
-        Vec::new(),
-        Default::default(),
-    )
-    .unwrap();
+    let artifacts = Artifacts::serve(store, ([127, 0, 0, 1], 0).into(), &secret, Default::default()).unwrap();
     let keep = WarmPolicy {
         stay: Duration::from_secs(60),
         memory: Bytes(2 << 30),
