@@ -132,6 +132,24 @@ impl Control for Fake {
     ) -> Result<Response<Self::LedgerStream>, Status> {
         no()
     }
+    async fn head(&self, _: GrpcRequest<wire::HeadRequest>) -> Result<Response<wire::HeadReply>, Status> {
+        no()
+    }
+    async fn prove(&self, _: GrpcRequest<wire::ProveRequest>) -> Result<Response<wire::ProveReply>, Status> {
+        no()
+    }
+    async fn witness(
+        &self,
+        _: GrpcRequest<wire::WitnessRequest>,
+    ) -> Result<Response<wire::WitnessReply>, Status> {
+        no()
+    }
+    async fn file(&self, _: GrpcRequest<wire::FileRequest>) -> Result<Response<wire::FileReply>, Status> {
+        no()
+    }
+    async fn books(&self, _: GrpcRequest<wire::BooksRequest>) -> Result<Response<wire::BooksReply>, Status> {
+        no()
+    }
     async fn status(
         &self,
         _: GrpcRequest<wire::StatusRequest>,
