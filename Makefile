@@ -4,7 +4,7 @@ RUN := scripts/with-tools
 TARGET := $(if $(CARGO_TARGET_DIR),$(CARGO_TARGET_DIR),target)
 KAREZ := $(TARGET)/release/karez
 
-.PHONY: demo build test test-long bench lint doc model install clean
+.PHONY: demo build test test-long bench simulate lint doc model install clean
 
 demo: build
 	@minilm=$$(scripts/fetch-minilm) || minilm=; \
@@ -26,6 +26,12 @@ test-long:
 
 bench: build
 	@$(RUN) scripts/bench
+
+# Worlds that run the real minds; a page about each in target/simulations/. DATA=folder brings measured latencies.
+SCENARIOS ?= country-dark owners-at-nine donated-only
+simulate:
+	@$(RUN) cargo run --release --locked --quiet -p karez-simulations --bin simulate -- $(if $(DATA),--data "$(DATA)") \
+		$(SCENARIOS:%=simulations/scenarios/%.toml)
 
 lint:
 	@cargo fmt --all --check

@@ -33,13 +33,13 @@ pub(crate) struct Worker {
 /// A node's process and its machine.
 pub(crate) struct NodeProcess {
     /// What the owner set; the agent holds it while it lives.
-    config: Option<AgentConfig>,
+    config: Option<Box<AgentConfig>>,
     pub(crate) owner: Owner,
     /// When the owner's next word is due.
     pub(crate) owner_due: u64,
     /// What its first device cost at first.
     pub(crate) first_rate: Rate,
-    pub(crate) agent: Option<Agent>,
+    pub(crate) agent: Option<Box<Agent>>,
     pub(crate) disk: Disk,
     /// Counts the starts of the process; what was begun under another does not reach this one.
     pub(crate) epoch: u32,
@@ -70,7 +70,7 @@ impl NodeProcess {
             owner,
             owner_due: 0,
             first_rate: config.devices[0].rate,
-            config: Some(config),
+            config: Some(Box::new(config)),
             agent: None,
             disk: Disk::default(),
             epoch: 0,
@@ -166,8 +166,8 @@ impl World {
         let Some(config) = node.config.take() else {
             return;
         };
-        match Agent::restore(config, now, &stored) {
-            Ok(agent) => node.agent = Some(agent),
+        match Agent::restore(*config, now, &stored) {
+            Ok(agent) => node.agent = Some(Box::new(agent)),
             Err(error) => {
                 return self
                     .checker
@@ -247,7 +247,7 @@ impl World {
     fn node_stops(&mut self, n: usize) {
         let node = &mut self.nodes[n];
         if let Some(agent) = node.agent.take() {
-            node.config = Some(agent.config().clone());
+            node.config = Some(Box::new(agent.config().clone()));
         }
         node.epoch += 1;
         let workers = std::mem::take(&mut node.workers);

@@ -120,9 +120,9 @@ pub(crate) enum Due {
         message: Box<ToNode>,
     },
     Calm,
+    /// An owner with habits comes or goes.
     Owner {
         n: u32,
-        word: owner::Word,
     },
     OwnerOpens {
         n: u32,
@@ -472,7 +472,7 @@ impl World {
             Due::GiveUp => self.give_up_hopeless(),
             Due::Replay { n, s, message } => self.send_to_node(n as usize, s as usize, *message),
             Due::Calm => self.calm_down(),
-            Due::Owner { n, word } => self.owner_by_habit(n as usize, word),
+            Due::Owner { n } => self.owner_by_habit(n as usize),
             Due::OwnerOpens { n, epoch } => {
                 if self.alive(n, epoch) {
                     self.owner_says(n as usize, agent::OwnerCommand::Open);

@@ -27,8 +27,8 @@ pub(crate) enum Word {
 }
 
 impl Owner {
-    /// What this owner wants of the machine at that moment, and what is said next, when.
-    pub(super) fn mood(&self, now: u64) -> Option<(Word, u64, Word)> {
+    /// What this owner wants of the machine at that moment, and when that changes.
+    pub(super) fn mood(&self, now: u64) -> Option<(Word, u64)> {
         let habit = self.habit?;
         // Local time since a Monday at midnight, kept positive by a week.
         let local = (now + 7 * DAY)
@@ -50,13 +50,13 @@ impl Owner {
             let soon = back - notice;
             let in_world = |local_at: u64| now + (local_at - local);
             if local < soon {
-                return Some((Word::Gone, in_world(soon), Word::Soon));
+                return Some((Word::Gone, in_world(soon)));
             }
             if local < back {
-                return Some((Word::Soon, in_world(back), Word::Back));
+                return Some((Word::Soon, in_world(back)));
             }
             if local < gone {
-                return Some((Word::Back, in_world(gone), Word::Gone));
+                return Some((Word::Back, in_world(gone)));
             }
         }
         None
@@ -66,7 +66,7 @@ impl Owner {
 impl World {
     /// The process starts: it finds the owner as the clock says, whatever was said while it was away.
     pub(crate) fn owner_at_boot(&mut self, n: usize) {
-        if let Some((word, _, _)) = self.nodes[n].owner.mood(self.now) {
+        if let Some((word, _)) = self.nodes[n].owner.mood(self.now) {
             self.say(n, word);
         }
         self.plan_owner(n);
@@ -74,18 +74,21 @@ impl World {
 
     /// Plans the next word of an owner with habits; each process plans its own.
     fn plan_owner(&mut self, n: usize) {
-        if let Some((_, at, word)) = self.nodes[n].owner.mood(self.now) {
+        if let Some((_, at)) = self.nodes[n].owner.mood(self.now) {
             self.nodes[n].owner_due = at;
-            self.at(at, Due::Owner { n: n as u32, word });
+            self.at(at, Due::Owner { n: n as u32 });
         }
     }
 
-    pub(super) fn owner_by_habit(&mut self, n: usize, word: Word) {
+    pub(super) fn owner_by_habit(&mut self, n: usize) {
         // A word planned by a process that is gone.
         if self.nodes[n].owner_due != self.now || self.nodes[n].agent.is_none() {
             return;
         }
-        self.say(n, word);
+        // As the clock says now: without notice, soon and back are the same moment.
+        if let Some((word, _)) = self.nodes[n].owner.mood(self.now) {
+            self.say(n, word);
+        }
         if self.nodes[n].agent.is_some() {
             self.plan_owner(n);
         }
@@ -207,53 +210,41 @@ mod tests {
         let night = owner(22 * 60, 6 * 60, false, 0);
         let minute = |h: u64, m: u64| h * HOUR + m * MINUTE;
         for (name, owner, now, expected) in [
-            (
-                "Monday early",
-                &office,
-                0,
-                (Word::Gone, minute(8, 30), Word::Soon),
-            ),
-            (
-                "soon",
-                &office,
-                minute(8, 30),
-                (Word::Soon, minute(9, 0), Word::Back),
-            ),
-            (
-                "nine",
-                &office,
-                minute(9, 0),
-                (Word::Back, minute(18, 0), Word::Gone),
-            ),
+            ("Monday early", &office, 0, (Word::Gone, minute(8, 30))),
+            ("soon", &office, minute(8, 30), (Word::Soon, minute(9, 0))),
+            ("nine", &office, minute(9, 0), (Word::Back, minute(18, 0))),
             (
                 "evening",
                 &office,
                 minute(18, 0),
-                (Word::Gone, minute(24 + 8, 30), Word::Soon),
+                (Word::Gone, minute(24 + 8, 30)),
             ),
             (
                 "Friday evening",
                 &office,
                 4 * DAY + minute(18, 0),
-                (Word::Gone, 7 * DAY + minute(8, 30), Word::Soon),
+                (Word::Gone, 7 * DAY + minute(8, 30)),
             ),
-            ("Nepal", &kathmandu, 0, (Word::Gone, minute(2, 45), Word::Soon)),
+            ("Nepal", &kathmandu, 0, (Word::Gone, minute(2, 45))),
             (
                 "Nepal at nine",
                 &kathmandu,
                 minute(3, 15),
-                (Word::Back, minute(12, 15), Word::Gone),
+                (Word::Back, minute(12, 15)),
             ),
-            ("night, Monday", &night, 0, (Word::Back, minute(6, 0), Word::Gone)),
-            (
-                "night, noon",
-                &night,
-                minute(12, 0),
-                (Word::Gone, minute(21, 30), Word::Soon),
-            ),
+            ("night, Monday", &night, 0, (Word::Back, minute(6, 0))),
+            ("night, noon", &night, minute(12, 0), (Word::Gone, minute(21, 30))),
         ] {
             assert_eq!(owner.mood(now), Some(expected), "{name}");
         }
+        let sharp = Owner {
+            habit: office.habit.map(|h| Habit {
+                notice_minutes: 0,
+                ..h
+            }),
+            ..office.clone()
+        };
+        assert_eq!(sharp.mood(minute(9, 0)), Some((Word::Back, minute(18, 0))));
         assert_eq!(
             Owner {
                 habit: None,
