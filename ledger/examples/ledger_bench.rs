@@ -2,8 +2,9 @@
 //!
 //! `cargo run --release -p karez-ledger --example ledger_bench -- OUT.json [DIR]`
 //!
-//! Beside each figure stands a bare file that appends the same number of bytes and calls `sync_data`, in the same run
-//! on the same disk: compare the two, not the figures of different machines.
+//! Beside each figure stands a bare file that appends the same number of bytes and calls `sync_data`, and redb with one
+//! durable transaction per group, in the same run on the same disk: compare those, not the figures of different
+//! machines. Figures "per core second" count CPU time. KAREZ_BENCH_RECEIPTS sets the size of the large ledger (100,000).
 #![allow(clippy::unwrap_used)]
 #[path = "../tests/common/mod.rs"]
 mod common;
@@ -11,7 +12,7 @@ mod common;
 use common::{AT, Part, grant, order, reserve, scheduler, scheduler_secret};
 use karez_core::{money::Posting, records::to_check};
 use karez_ledger::{
-    Book, Checker, Op, Options, Transaction, VerifyOptions, Writer, examine, examine_by, export, verify,
+    Checker, Exporter, Op, Options, Transaction, VerifyOptions, Writer, examine, examine_by, verify,
 };
 use serde_json::{Value, json};
 use std::{
@@ -58,16 +59,18 @@ async fn commits(dir: &Path, writers: u64, each: u64) -> (Value, u64) {
         ..Options::default()
     };
     let (writer, _) = Writer::open(dir, options).unwrap();
+    // Made before: deriving keys is not what is measured.
+    let grants: Vec<Posting> = (0..8).map(|n| grant(n, 1)).collect();
     let start = Instant::now();
     let tasks: Vec<_> = (0..writers)
         .map(|w| {
-            let writer = writer.clone();
+            let (writer, grant) = (writer.clone(), grants[(w % 8) as usize].clone());
             tokio::spawn(async move {
                 let mut times = Vec::new();
                 for i in 0..each {
                     let begin = Instant::now();
-                    let posting = grant((w % 8) as u8, 1);
-                    writer.commit(transaction(w * each + i, posting)).await.unwrap();
+                    let next = transaction(w * each + i, grant.clone());
+                    writer.commit(next).await.unwrap();
                     times.push(begin.elapsed());
                 }
                 times
@@ -107,55 +110,235 @@ fn bare(dir: &Path, bytes: u64, group: usize, syncs: usize) -> Value {
     })
 }
 
-/// Paper trails of three readings each: examined one by one, then verified from an export.
+/// redb with the same bytes: one durable transaction for each group of as many writers.
+fn redb(dir: &Path, bytes: u64, group: usize, syncs: usize) -> Value {
+    const TABLE: redb::TableDefinition<'_, u64, &[u8]> = redb::TableDefinition::new("entries");
+    let path = dir.join("redb");
+    let db = redb::Database::create(&path).unwrap();
+    let value = vec![7; bytes as usize];
+    let mut times = Vec::new();
+    let start = Instant::now();
+    for n in 0..syncs {
+        let begin = Instant::now();
+        let transaction = db.begin_write().unwrap();
+        {
+            let mut table = transaction.open_table(TABLE).unwrap();
+            for i in 0..group {
+                table.insert((n * group + i) as u64, value.as_slice()).unwrap();
+            }
+        }
+        transaction.commit().unwrap();
+        times.push(begin.elapsed());
+    }
+    let wall = start.elapsed();
+    drop(db);
+    std::fs::remove_file(path).unwrap();
+    times.sort_unstable();
+    json!({
+        "group": group,
+        "per_second": ((syncs * group) as f64 / wall.as_secs_f64()).round(),
+        "p50_ms": quantile(&times, 0.5),
+        "p99_ms": quantile(&times, 0.99),
+    })
+}
+
+/// Seconds of CPU that this thread, or the whole process, has used: what a core can do, however busy the machine is.
+fn cpu(clock: rustix::time::ClockId) -> f64 {
+    let at = rustix::time::clock_gettime(clock);
+    at.tv_sec as f64 + at.tv_nsec as f64 / 1e9
+}
+
+fn peak_memory_mib() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+    let kib = line.and_then(|line| line.trim().trim_end_matches(" kB").parse::<u64>().ok());
+    kib.unwrap_or(0) / 1024
+}
+
+/// Jobs of a hundred parts, one reading each: the ledger of a busy federation.
+struct Ledger {
+    left: u64,
+    part: u32,
+    order: Option<karez_core::records::Verified<karez_core::records::Order>>,
+    nonce: u64,
+}
+
+impl Iterator for Ledger {
+    type Item = Posting;
+
+    fn next(&mut self) -> Option<Posting> {
+        if self.nonce == 0 {
+            self.nonce = 1;
+            return Some(grant(0, 1 << 60));
+        }
+        if self.left == 0 {
+            return None;
+        }
+        let Some(current) = self.order.clone() else {
+            let next = order(0, self.nonce, 1_000_000);
+            self.nonce += 1;
+            let posting = reserve(&next, 1_000_000);
+            self.order = Some(next);
+            return Some(posting);
+        };
+        let mut part = Part::of(&current, self.part, 1);
+        part.readings = 1;
+        let posting = part.settle();
+        self.left -= 1;
+        self.part = (self.part + 1) % 100;
+        if self.part == 0 {
+            self.order = None;
+        }
+        Some(posting)
+    }
+}
+
+fn ledger(receipts: u64) -> Ledger {
+    Ledger {
+        left: receipts,
+        part: 0,
+        order: None,
+        nonce: 0,
+    }
+}
+
+/// What one core checks, one receipt by itself and many together.
 fn receipts(count: u64) -> Value {
-    let mut postings = vec![grant(0, 1 << 60)];
-    let mut settlements = Vec::new();
-    for nonce in 0..count {
-        let order = order(0, nonce, 10_000_000);
-        postings.push(reserve(&order, 10_000_000));
-        let settle = Part::of(&order, 0, 1).settle();
-        settlements.push(settle.clone());
-        postings.push(settle);
+    let thread = rustix::time::ClockId::ThreadCPUTime;
+    let settlements: Vec<Posting> = ledger(count)
+        .filter(|p| p.kind == karez_core::money::PostingKind::Settle)
+        .collect();
+    let start = cpu(thread);
+    for posting in settlements.iter().take(1_000) {
+        examine(posting.clone(), scheduler()).unwrap();
     }
-    let batched = settlements.clone();
-    let start = Instant::now();
-    for posting in settlements {
-        examine(posting, scheduler()).unwrap();
-    }
-    let examined = start.elapsed();
+    let alone = 1_000.0 / (cpu(thread) - start);
     let mut checker = Checker::default();
-    let start = Instant::now();
-    for batch in batched.chunks(768) {
+    let start = cpu(thread);
+    for batch in settlements.chunks(768) {
         let records = batch.iter().flat_map(|p| &p.evidence);
         checker.take(records.filter_map(|bytes| to_check(bytes)));
         for posting in batch {
             examine_by(posting.clone(), scheduler(), &checker).unwrap();
         }
     }
-    let together = start.elapsed();
-    let mut book = Book::new(scheduler());
-    let entries: Vec<_> = postings
-        .into_iter()
-        .map(|p| book.append(AT, p).unwrap())
-        .collect();
-    let mut file = Vec::new();
-    export(&mut file, &scheduler_secret(), AT, entries.into_iter().map(Ok)).unwrap();
-    let start = Instant::now();
-    let summary = verify(&mut file.as_slice(), &VerifyOptions::default()).unwrap();
-    let verified = start.elapsed();
+    let together = count as f64 / (cpu(thread) - start);
     json!({
-        "records_per_receipt": 7,
-        "examined_per_second_one_thread": (count as f64 / examined.as_secs_f64()).round(),
-        "examined_together_per_second_one_thread": (count as f64 / together.as_secs_f64()).round(),
-        "verified_per_second_from_export": (count as f64 / verified.as_secs_f64()).round(),
-        "export_bytes": file.len(),
-        "records": summary.records,
+        "records_per_receipt": 5,
+        "alone_per_core_second": alone.round(),
+        "together_per_core_second": together.round(),
     })
+}
+
+/// Writes a ledger of `count` receipts to a file, verifies it in a process of its own, and opens a store of it again.
+fn large(place: &Path, count: u64) -> Value {
+    let dir = tempfile::tempdir_in(place).unwrap();
+    let path = dir.path().join("ledger.jsonl");
+    let options = Options {
+        scheduler: Some(scheduler()),
+        ..Options::default()
+    };
+    let (writer, _) = Writer::open(dir.path(), options.clone()).unwrap();
+    let secret = scheduler_secret();
+    let mut out = std::io::BufWriter::new(File::create(&path).unwrap());
+    let mut accounts = karez_core::money::Accounts::default();
+    {
+        let mut exporter = Exporter::begin(&mut out, &secret, AT).unwrap();
+        let mut entries = 0;
+        let mut group = Vec::new();
+        let mut flush = |group: &mut Vec<Posting>| {
+            let ops = group.drain(..).map(|posting| Op::Post(posting, AT)).collect();
+            writer.commit_blocking(Transaction { ops }).unwrap();
+            for entry in writer.entries(entries) {
+                let entry = entry.unwrap();
+                accounts.apply(&entry.posting).unwrap();
+                exporter.entry(entry).unwrap();
+                entries += 1;
+            }
+        };
+        for posting in ledger(count) {
+            group.push(posting);
+            if group.len() == 1_000 {
+                flush(&mut group);
+            }
+        }
+        flush(&mut group);
+        exporter.finish(&accounts).unwrap();
+    }
+    out.flush().unwrap();
+    drop(out);
+    let export_bytes = std::fs::metadata(&path).unwrap().len();
+    let (size, root) = writer.tree();
+    let begin = Instant::now();
+    let mut proof_bytes = 0;
+    for n in 0..100 {
+        let head = karez_ledger::Head::sign(&secret, size, root);
+        let proof = writer.prove(n * (size / 100), head).unwrap().unwrap();
+        proof_bytes = proof.path.len() * 32;
+    }
+    let proof_ms = begin.elapsed().as_secs_f64() * 10.0;
+    drop(writer);
+    let stored: u64 = walk(dir.path())
+        .iter()
+        .filter(|(p, _)| *p != path)
+        .map(|(_, len)| len)
+        .sum();
+    let begin = Instant::now();
+    let (writer, _) = Writer::open(dir.path(), options).unwrap();
+    let reopen = begin.elapsed().as_secs_f64();
+    drop(writer);
+    let output = std::process::Command::new(std::env::current_exe().unwrap())
+        .arg("--verify")
+        .arg(&path)
+        .output()
+        .unwrap();
+    let verified: Value = serde_json::from_slice(&output.stdout).unwrap();
+    json!({
+        "receipts": count,
+        "export_bytes_per_receipt": export_bytes / count,
+        "stored_bytes_per_receipt": stored / count,
+        "inclusion_path_bytes": proof_bytes,
+        "proof_ms": proof_ms,
+        "reopen_s": reopen,
+        "verify": verified,
+    })
+}
+
+fn walk(dir: &Path) -> Vec<(PathBuf, u64)> {
+    let mut out = Vec::new();
+    for item in std::fs::read_dir(dir).unwrap().flatten() {
+        let meta = item.metadata().unwrap();
+        if meta.is_dir() {
+            out.extend(walk(&item.path()));
+        } else {
+            out.push((item.path(), meta.len()));
+        }
+    }
+    out
+}
+
+/// The child's part: time, CPU and peak memory of one verification.
+fn verify_file(path: &str) {
+    let process = rustix::time::ClockId::ProcessCPUTime;
+    let start = Instant::now();
+    let mut reader = std::io::BufReader::with_capacity(1 << 20, File::open(path).unwrap());
+    let summary = verify(&mut reader, &VerifyOptions::default()).unwrap();
+    println!(
+        "{}",
+        json!({
+            "wall_s": start.elapsed().as_secs_f64(),
+            "cpu_s": cpu(process),
+            "peak_memory_mib": peak_memory_mib(),
+            "records": summary.records,
+        })
+    );
 }
 
 fn main() {
     let mut args = std::env::args().skip(1);
+    if std::env::args().nth(1).as_deref() == Some("--verify") {
+        return verify_file(&std::env::args().nth(2).unwrap());
+    }
     let out = PathBuf::from(args.next().expect("usage: ledger_bench OUT.json [DIR]"));
     let place = args.next().map_or_else(std::env::temp_dir, PathBuf::from);
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -163,20 +346,27 @@ fn main() {
         .build()
         .unwrap();
     let mut rows = Vec::new();
-    for (writers, each) in [(1, 300), (16, 100), (256, 60)] {
+    for (writers, each) in [(1, 300), (16, 200), (256, 400)] {
         let dir = tempfile::tempdir_in(&place).unwrap();
         let (ledger, bytes) = runtime.block_on(commits(dir.path(), writers, each));
         let file = bare(dir.path(), bytes, writers as usize, 200);
-        println!("{writers} writers: {ledger} bare file: {file}");
+        let peer = redb(dir.path(), bytes, writers as usize, 60);
+        println!("{writers} writers: {ledger}\n  bare file: {file}\n  redb: {peer}");
         rows.push(json!({
             "writers": writers,
             "bytes_per_commit": bytes,
             "ledger": ledger,
             "bare_file": file,
+            "redb": peer,
         }));
     }
-    let receipts = receipts(2_000);
+    let receipts = receipts(20_000);
     println!("receipts: {receipts}");
+    let count = std::env::var("KAREZ_BENCH_RECEIPTS")
+        .ok()
+        .and_then(|n| n.parse().ok());
+    let large = large(&place, count.unwrap_or(100_000));
+    println!("ledger: {large}");
     let report = json!({
         "bench": "ledger",
         "cores": std::thread::available_parallelism().map_or(0, usize::from),
@@ -184,6 +374,8 @@ fn main() {
         "commit": "one entry and one 300-byte row",
         "commits": rows,
         "receipts": receipts,
+        "ledger": large,
+        "load": std::fs::read_to_string("/proc/loadavg").unwrap_or_default().trim(),
     });
     std::fs::write(&out, serde_json::to_vec_pretty(&report).unwrap()).unwrap();
     println!("wrote {}", out.display());

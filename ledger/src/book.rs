@@ -183,6 +183,27 @@ impl Book {
     pub fn tree(&self) -> &Frontier {
         &self.tree
     }
+    pub(crate) fn trail(&self) -> &Trail {
+        &self.trail
+    }
+
+    /// A book as it was written down.
+    pub(crate) fn restore(
+        scheduler: SchedulerId,
+        accounts: Accounts,
+        head: Digest,
+        tree: Frontier,
+        trail: Trail,
+    ) -> Self {
+        Self {
+            scheduler: Some(scheduler),
+            accounts,
+            head,
+            tree,
+            trail,
+        }
+    }
+
     /// Disputes that wait for a ruling.
     pub fn disputes_open(&self) -> usize {
         self.trail.disputes.len()
@@ -328,7 +349,7 @@ pub(crate) fn hash_of(encoded: &[u8]) -> Digest {
     Digest(blake3::derive_key("karez-ledger/1 entry", encoded))
 }
 
-fn encode_leg(out: &mut Vec<u8>, account: &Account, amount: i64) {
+pub(crate) fn encode_leg(out: &mut Vec<u8>, account: &Account, amount: i64) {
     match account {
         Account::Federation => out.push(0),
         Account::User(user) => {
@@ -402,7 +423,7 @@ impl Entry {
                 at: 0,
             });
         }
-        let mut from = Cursor { bytes, at: 0 };
+        let mut from = Cursor::new(bytes);
         let previous = Digest(from.array()?);
         let seq = u64::from_be_bytes(from.array()?);
         let at = UtcMillis(u64::from_be_bytes(from.array()?));
@@ -415,24 +436,7 @@ impl Entry {
         }
         let mut legs = Vec::with_capacity(count);
         for _ in 0..count {
-            let account = match from.byte()? {
-                0 => Account::Federation,
-                1 => Account::User(UserId(PublicKey(from.array()?))),
-                2 => Account::Escrow(JobId(Digest(from.array()?))),
-                3 => {
-                    let len = usize::from(from.byte()?);
-                    let name = std::str::from_utf8(from.take(len)?)
-                        .ok()
-                        .and_then(|name| name.parse::<Institution>().ok());
-                    match name {
-                        Some(name) => Account::Institution(name),
-                        None => return from.bad("bad name of an institution"),
-                    }
-                }
-                4 => Account::Grant(Digest(from.array()?)),
-                5 => Account::Disputed(Digest(from.array()?)),
-                _ => return from.bad("unknown kind of account"),
-            };
+            let account = from.account()?;
             legs.push((account, i64::from_be_bytes(from.array()?)));
         }
         let count = usize::from(u16::from_be_bytes(from.array()?));
@@ -456,16 +460,44 @@ impl Entry {
     }
 }
 
-struct Cursor<'a> {
+/// Reads fields one after the other.
+pub(crate) struct Cursor<'a> {
     bytes: &'a [u8],
     at: usize,
 }
 
 impl<'a> Cursor<'a> {
+    pub(crate) fn new(bytes: &'a [u8]) -> Self {
+        Self { bytes, at: 0 }
+    }
+    pub(crate) fn is_done(&self) -> bool {
+        self.at == self.bytes.len()
+    }
+    /// An account, as in a leg.
+    pub(crate) fn account(&mut self) -> Result<Account, EntryDecodeError> {
+        Ok(match self.byte()? {
+            0 => Account::Federation,
+            1 => Account::User(UserId(PublicKey(self.array()?))),
+            2 => Account::Escrow(JobId(Digest(self.array()?))),
+            3 => {
+                let len = usize::from(self.byte()?);
+                let name = std::str::from_utf8(self.take(len)?)
+                    .ok()
+                    .and_then(|name| name.parse::<Institution>().ok());
+                match name {
+                    Some(name) => Account::Institution(name),
+                    None => return self.bad("bad name of an institution"),
+                }
+            }
+            4 => Account::Grant(Digest(self.array()?)),
+            5 => Account::Disputed(Digest(self.array()?)),
+            _ => return self.bad("unknown kind of account"),
+        })
+    }
     fn bad<T>(&self, why: &'static str) -> Result<T, EntryDecodeError> {
         Err(EntryDecodeError { why, at: self.at })
     }
-    fn take(&mut self, len: usize) -> Result<&'a [u8], EntryDecodeError> {
+    pub(crate) fn take(&mut self, len: usize) -> Result<&'a [u8], EntryDecodeError> {
         let Some(taken) = self
             .at
             .checked_add(len)
@@ -476,12 +508,12 @@ impl<'a> Cursor<'a> {
         self.at += len;
         Ok(taken)
     }
-    fn array<const N: usize>(&mut self) -> Result<[u8; N], EntryDecodeError> {
+    pub(crate) fn array<const N: usize>(&mut self) -> Result<[u8; N], EntryDecodeError> {
         let mut out = [0; N];
         out.copy_from_slice(self.take(N)?);
         Ok(out)
     }
-    fn byte(&mut self) -> Result<u8, EntryDecodeError> {
+    pub(crate) fn byte(&mut self) -> Result<u8, EntryDecodeError> {
         self.array::<1>().map(|[b]| b)
     }
 }

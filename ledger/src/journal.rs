@@ -121,6 +121,16 @@ impl Journal {
         path: &Path,
         each: &mut dyn FnMut(Frame) -> Result<(), StoreError>,
     ) -> Result<(Self, Scan), StoreError> {
+        Self::open_from(path, 0, each)
+    }
+
+    /// As [`Journal::open`], passing over the first `known` bytes, which were read before. All of the file is read
+    /// when it is shorter.
+    pub fn open_from(
+        path: &Path,
+        known: u64,
+        each: &mut dyn FnMut(Frame) -> Result<(), StoreError>,
+    ) -> Result<(Self, Scan), StoreError> {
         let file = OpenOptions::new()
             .read(true)
             .write(true)
@@ -139,7 +149,7 @@ impl Journal {
             unclean: false,
         };
         let mut scan = Scan::default();
-        let mut at = 0;
+        let mut at = if known <= end { known } else { 0 };
         while at < end {
             let Some(frame) = journal.frame_at(at, end)? else {
                 break;

@@ -19,6 +19,7 @@ pub mod journal;
 pub mod note;
 mod recovery;
 pub mod report;
+mod snapshot;
 pub mod store;
 pub mod tree;
 pub mod verify;

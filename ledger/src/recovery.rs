@@ -5,6 +5,8 @@
 //! dir/journal-N          generation N: a snapshot of the tables, then every transaction since
 //! dir/entries            entries of generations before N: they stay for ever
 //! dir/index/             the index
+//! dir/book               the book after some entry; derived
+//! dir/tree, dir/records  what proofs need; derived
 //! dir/*.damaged          a journal that went bad and was replaced from the index; kept for whoever wants to look
 //! ```
 //!
@@ -14,6 +16,7 @@ use crate::{
     book::{Book, Entry, hash_of},
     change::{self, Base, Change, Payload, Step},
     journal::{Journal, encode_frame},
+    snapshot,
     store::{OpenStore, Store, StoreError, Tables},
 };
 use karez_core::{id::Digest, key::SchedulerId};
@@ -47,6 +50,11 @@ pub(crate) struct Truth {
 }
 
 impl Truth {
+    /// Length and entries of the archive, as far as it was read or written.
+    pub(crate) fn known_archive(&self) -> (u64, u64) {
+        (self.archive.bytes(), self.archived)
+    }
+
     /// Without rows and transactions: what the writer keeps.
     pub(crate) fn without_content(mut self) -> Self {
         self.tables = Tables::default();
@@ -105,12 +113,12 @@ pub(crate) fn open(
     open_store: OpenStore,
 ) -> Result<Opened, StoreError> {
     let mut report = Vec::new();
-    let read = read_journal(dir, scheduler, &mut report)?;
+    let read = read_journal(dir, scheduler, None, &mut report)?;
     let truth = match read {
         Read::Good(truth) => *truth,
         Read::Damaged(damaged) => {
             replace_journal(dir, scheduler, open_store, &damaged, &mut report)?;
-            match read_journal(dir, scheduler, &mut report)? {
+            match read_journal(dir, scheduler, None, &mut report)? {
                 Read::Good(truth) => *truth,
                 Read::Damaged(again) => return Err(again.error("it went bad again while it was replaced")),
             }
@@ -132,7 +140,7 @@ pub(crate) fn reopen_index(
     scheduler: Option<SchedulerId>,
     open_store: OpenStore,
 ) -> Result<Box<dyn Store>, StoreError> {
-    let truth = reread(dir, scheduler)?;
+    let truth = reread(dir, scheduler, None)?;
     open_index(dir, scheduler, open_store, truth, &mut Vec::new()).map(|(_, index)| index.store)
 }
 
@@ -173,9 +181,11 @@ fn generations(dir: &Path) -> Result<Vec<u64>, StoreError> {
     Ok(found)
 }
 
+/// `archive`: its length and number of entries, where this process has read or written all of it before.
 fn read_journal(
     dir: &Path,
     scheduler: Option<SchedulerId>,
+    archive: Option<(u64, u64)>,
     report: &mut Vec<String>,
 ) -> Result<Read, StoreError> {
     let mut found = generations(dir)?;
@@ -196,11 +206,11 @@ fn read_journal(
             rows: 0,
         };
         write_generation(dir, 1, &base, &Tables::default())?;
-        return read_journal(dir, scheduler, report);
+        return read_journal(dir, scheduler, None, report);
     };
-    let mut archived = 0;
+    let (known, mut archived) = archive.unwrap_or((0, 0));
     let mut archive_gap = None;
-    let (archive, scan) = Journal::open(&archive_path(dir), &mut |frame| {
+    let (archive, scan) = Journal::open_from(&archive_path(dir), known, &mut |frame| {
         if frame.number != archived && archive_gap.is_none() {
             archive_gap = Some(frame.offset);
         }
@@ -436,13 +446,17 @@ pub(crate) fn checkpoint(
     };
     write_generation(dir, truth.generation + 1, &base, &truth.tables)?;
     // Also removes the old file, which its successor has made superfluous.
-    *truth = reread(dir, scheduler)?;
+    *truth = reread(dir, scheduler, Some(truth.known_archive()))?;
     Ok(())
 }
 
 /// Reads what is on disk, for a writer that holds the directory.
-pub(crate) fn reread(dir: &Path, scheduler: Option<SchedulerId>) -> Result<Truth, StoreError> {
-    match read_journal(dir, scheduler, &mut Vec::new())? {
+pub(crate) fn reread(
+    dir: &Path,
+    scheduler: Option<SchedulerId>,
+    archive: Option<(u64, u64)>,
+) -> Result<Truth, StoreError> {
+    match read_journal(dir, scheduler, archive, &mut Vec::new())? {
         Read::Good(truth) => Ok(*truth),
         Read::Damaged(damaged) => Err(damaged.error("it went bad while it was in use")),
     }
@@ -454,8 +468,12 @@ pub(crate) fn superseded(dir: &Path, generation: u64) -> bool {
 }
 
 /// Reads the truth anew and compacts it. For a writer that holds the directory.
-pub(crate) fn compact(dir: &Path, scheduler: Option<SchedulerId>) -> Result<Truth, StoreError> {
-    let mut truth = reread(dir, scheduler)?;
+pub(crate) fn compact(
+    dir: &Path,
+    scheduler: Option<SchedulerId>,
+    archive: Option<(u64, u64)>,
+) -> Result<Truth, StoreError> {
+    let mut truth = reread(dir, scheduler, archive)?;
     checkpoint(dir, scheduler, &mut truth)?;
     Ok(truth)
 }
@@ -492,7 +510,7 @@ fn open_index(
             .cloned()
             .collect();
         apply_in_pieces(store.as_ref(), &missing)?;
-        let index = load(&path, store, scheduler)?;
+        let index = load(dir, store, scheduler)?;
         check_index(&path, &truth, &index)?;
         Ok(Ok(index))
     });
@@ -508,10 +526,10 @@ fn open_index(
             };
             drop(truth);
             replace_journal(dir, scheduler, open_store, &damaged, report)?;
-            let Read::Good(truth) = read_journal(dir, scheduler, report)? else {
+            let Read::Good(truth) = read_journal(dir, scheduler, None, report)? else {
                 return Err(damaged.error("it went bad again while it was replaced"));
             };
-            let index = in_thread(&path, || load(&path, open_store(&path)?, scheduler))?;
+            let index = in_thread(&path, || load(dir, open_store(&path)?, scheduler))?;
             check_index(&path, &truth, &index)?;
             return Ok((*truth, index));
         }
@@ -521,7 +539,7 @@ fn open_index(
         report.push(format!("{why}: rebuilt it from the journal"));
     }
     rebuild_index(dir, &path, open_store, &truth)?;
-    let index = in_thread(&path, || load(&path, open_store(&path)?, scheduler))?;
+    let index = in_thread(&path, || load(dir, open_store(&path)?, scheduler))?;
     check_index(&path, &truth, &index)?;
     Ok((truth, index))
 }
@@ -565,17 +583,29 @@ fn in_thread<T: Send>(
     })
 }
 
-/// Reads everything, which also proves that everything can be read and that the chain holds.
-fn load(path: &Path, store: Box<dyn Store>, scheduler: Option<SchedulerId>) -> Result<Index, StoreError> {
+/// Reads the rows, and the entries since the snapshot of the book, or all of them: which also proves that they can be
+/// read and that the chain holds.
+fn load(dir: &Path, store: Box<dyn Store>, scheduler: Option<SchedulerId>) -> Result<Index, StoreError> {
+    let path = index_path(dir);
     let tables = store.tables()?;
-    let mut book = empty_book(scheduler);
+    let snapshot = scheduler.and_then(|scheduler| snapshot::read(dir, scheduler));
+    let snapshot = match snapshot {
+        // Of just this history: its last entry is the one in the index.
+        Some(book) if book.entries() > 0 => {
+            let last = store.entries(book.entries() - 1, 1)?;
+            let same = last.first().is_some_and(|bytes| hash_of(bytes) == book.head());
+            same.then_some(book)
+        }
+        other => other,
+    };
+    let mut book = snapshot.unwrap_or_else(|| empty_book(scheduler));
     loop {
         let page = store.entries(book.entries(), PAGE_ENTRIES)?;
         let last = page.len() < PAGE_ENTRIES;
         for bytes in &page {
             let seq = book.entries();
             let bad = |why: String| StoreError::Index {
-                path: path.to_owned(),
+                path: path.clone(),
                 why: format!("entry {seq}: {why}"),
             };
             let entry = Entry::decode(bytes).map_err(|e| bad(e.to_string()))?;
@@ -663,7 +693,7 @@ fn replace_journal(
     let (applied, index) = in_thread(&path, || {
         let store = open_store(&path)?;
         let applied = store.applied()?;
-        Ok((applied, load(&path, store, scheduler)?))
+        Ok((applied, load(dir, store, scheduler)?))
     })
     .map_err(|e| fail(e.to_string()))?;
     if applied < damaged.last || applied == 0 {

@@ -297,3 +297,47 @@ fn published_heads_show_cut_tails_and_forks() {
     assert_eq!(our_head.unwrap().root, heads.last().unwrap().root);
     assert_ne!(their_head.unwrap().root, heads.last().unwrap().root);
 }
+
+/// Random debits of random users, within and beyond their means: a shadow of plain numbers decides what must pass.
+#[test]
+fn random_debits_never_overspend() {
+    let count = if std::env::var_os("KAREZ_LONG").is_some() {
+        1_000_000u64
+    } else {
+        5_000
+    };
+    let mut book = Book::new(scheduler());
+    let mut shadow = [0u64; 4];
+    let mut random = 7u64;
+    let mut next = |below: u64| {
+        random = random
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
+        (random >> 33) % below
+    };
+    let mut refused = 0;
+    for nonce in 0..count {
+        let n = next(4) as usize;
+        if next(5) == 0 {
+            let amount = next(3_000);
+            book.append(AT, grant(n as u8, amount)).unwrap();
+            shadow[n] += amount;
+            continue;
+        }
+        let amount = next(1_500);
+        let fits = amount <= shadow[n];
+        let result = book.append(AT, reserve(&order(n as u8, nonce, amount), amount));
+        assert_eq!(result.is_ok(), fits, "debit {nonce} of {amount} on {}", shadow[n]);
+        if fits {
+            shadow[n] -= amount;
+        } else {
+            refused += 1;
+        }
+        assert_eq!(
+            book.accounts().balance(&Account::User(user(n as u8))),
+            shadow[n] as i64
+        );
+    }
+    assert_eq!(book.accounts().sum(), 0);
+    assert!(refused > count / 20, "{refused} refused");
+}

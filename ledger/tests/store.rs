@@ -614,3 +614,146 @@ fn a_full_disk_refuses_and_recovers() {
         fs::remove_dir_all(&dir).unwrap();
     }
 }
+
+/// A ledger with an entry of every kind, and with a job, a grant and a dispute still open.
+fn with_open_ends() -> (Vec<Posting>, Book) {
+    let mut postings = all_kinds(3);
+    postings.push(fund(&grant_record(77, |g| g.nonce = 9)));
+    let open = order(2, 555, 5_000);
+    postings.push(reserve(&open, 5_000));
+    let settled = Part::of(&open, 0, 1).settle();
+    postings.push(settled.clone());
+    postings.push(dispute(&settled, 2, |_| {}).0);
+    let mut book = Book::new(scheduler());
+    for posting in &postings {
+        book.append(AT, posting.clone()).unwrap();
+    }
+    (postings, book)
+}
+
+#[test]
+fn the_book_is_the_same_from_its_snapshot_and_without_it() {
+    for (name, index) in INDEXES {
+        let dir = tempfile::tempdir().unwrap();
+        let (postings, book) = with_open_ends();
+        {
+            let (writer, _) = open(dir.path(), options(), index);
+            for posting in postings {
+                writer.commit_blocking(tx([post(posting)])).unwrap();
+            }
+        }
+        let snapshot = dir.path().join("book");
+        let whole = fs::read(&snapshot).unwrap();
+        let again = || {
+            let (writer, recovered) = open(dir.path(), options(), index);
+            assert_eq!(recovered.report, Vec::<String>::new(), "{name}");
+            assert_eq!(recovered.book, book, "{name}");
+            assert_eq!(writer.tree(), (book.entries(), book.tree().root()));
+        };
+        again();
+        // Damaged, cut, gone: made from the entries again.
+        for at in (0..whole.len()).step_by(whole.len() / 7) {
+            let mut bad = whole.clone();
+            bad[at] ^= 1;
+            fs::write(&snapshot, &bad).unwrap();
+            again();
+        }
+        fs::write(&snapshot, &whole[..whole.len() / 2]).unwrap();
+        again();
+        fs::remove_file(&snapshot).unwrap();
+        again();
+        // Of another history: as a whole file from elsewhere would be.
+        let other = tempfile::tempdir().unwrap();
+        {
+            let (writer, _) = open(other.path(), options(), index);
+            writer.commit_blocking(tx([post(grant(5, 3))])).unwrap();
+        }
+        fs::copy(other.path().join("book"), &snapshot).unwrap();
+        again();
+    }
+}
+
+#[test]
+fn proofs_hold_and_their_files_are_put_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let (postings, book) = with_open_ends();
+    let receipt = postings
+        .iter()
+        .position(|p| p.kind == karez_core::money::PostingKind::Settle)
+        .unwrap();
+    let id = papers(&postings[receipt]).1.id();
+    {
+        let (writer, _) = open(dir.path(), options(), SledStore::open);
+        for posting in postings {
+            writer.commit_blocking(tx([post(posting)])).unwrap();
+        }
+    }
+    let check = |repaired: bool| {
+        let (writer, recovered) = open(dir.path(), options(), SledStore::open);
+        assert_eq!(
+            recovered.report.len(),
+            usize::from(repaired),
+            "{:?}",
+            recovered.report
+        );
+        let (size, root) = writer.tree();
+        assert_eq!((size, root), (book.entries(), book.tree().root()));
+        assert_eq!(writer.find(&id).unwrap(), Some(receipt as u64));
+        assert_eq!(writer.find(&karez_core::id::Digest([9; 32])).unwrap(), None);
+        for index in 0..size {
+            let head = karez_ledger::Head::sign(&scheduler_secret(), size, root);
+            let proof = writer.prove(index, head).unwrap().unwrap();
+            assert_eq!(proof.verify().unwrap().seq, index);
+        }
+        for old in 0..=size {
+            let before = writer.root_at(old).unwrap().unwrap();
+            let path = writer.prove_consistency(old, size).unwrap().unwrap();
+            karez_ledger::tree::verify_consistency((old, before), (size, root), &path).unwrap();
+        }
+        assert_eq!(writer.prove_consistency(1, size + 1).unwrap(), None);
+    };
+    check(false);
+    for name in ["tree", "records"] {
+        let path = dir.path().join(name);
+        let whole = fs::read(&path).unwrap();
+        fs::write(&path, &whole[..whole.len() / 2]).unwrap();
+        check(true);
+        assert_eq!(fs::read(&path).unwrap(), whole);
+        fs::remove_file(&path).unwrap();
+        check(name == "records");
+        assert_eq!(fs::read(&path).unwrap(), whole);
+    }
+}
+
+#[test]
+fn a_hundred_at_once_on_a_balance_for_ten_are_exactly_ten() {
+    let dir = tempfile::tempdir().unwrap();
+    let (writer, _) = open(dir.path(), options(), SledStore::open);
+    writer.commit_blocking(tx([post(grant(0, 1_000))])).unwrap();
+    let taken = std::thread::scope(|scope| {
+        let tries: Vec<_> = (0..100)
+            .map(|nonce| {
+                let writer = writer.clone();
+                scope.spawn(move || {
+                    let posting = reserve(&order(0, nonce, 100), 100);
+                    match writer.commit_blocking(tx([post(posting)])) {
+                        Ok(_) => true,
+                        Err(StoreError::Refused(why)) => {
+                            assert!(why.to_string().contains("the posting takes 100"), "{why}");
+                            false
+                        }
+                        Err(other) => panic!("{other}"),
+                    }
+                })
+            })
+            .collect();
+        tries
+            .into_iter()
+            .map(|t| t.join().unwrap())
+            .filter(|taken| *taken)
+            .count()
+    });
+    assert_eq!(taken, 10);
+    assert_eq!(writer.balance(&Account::User(user(0))), 0);
+    assert_eq!(writer.accounts().sum(), 0);
+}

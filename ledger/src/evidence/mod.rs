@@ -28,7 +28,7 @@ mod trail;
 mod verdict;
 
 pub use error::{EvidenceError, RecordName, Rule};
-pub(crate) use trail::{Change, Trail};
+pub(crate) use trail::{Change, Job, Trail};
 
 use karez_core::{
     id::{Institution, JobId, LeaseKey, RecordId},

@@ -2,34 +2,38 @@
 //!
 //! One thread takes transactions from a bounded queue. What has queued up while the disk was busy becomes the next
 //! group (at most [`GROUP_MAX`]); a lone transaction is written at once and never waits for company. A group is one
-//! append to the journal and one sync, then one atomic step in the index, then the answers. A transaction that breaks
-//! a rule is refused alone; the others of its group do not notice.
+//! append to the journal and one sync, then the answers; the index follows on a thread of its own, so that the next
+//! group is on its way to the disk meanwhile, and readers wait until it has come as far as they look. A transaction that
+//! breaks a rule is refused alone; the others of its group do not notice.
 //!
 //! Signatures are checked by the caller's side of [`Writer::commit`], not by the writer's thread.
 //!
 //! Not here: what is on disk and how it is repaired (`recovery`), and the rules of postings ([`crate::book`]).
+mod index;
+mod scribe;
+
 use crate::{
-    book::{Book, Entry, Undo},
-    change::{self, Change, Step},
-    derived::{Added, Derived},
+    book::{Book, Entry},
+    change::Step,
+    derived::Derived,
     evidence::{Examined, examine},
     head::{Head, Proof},
-    journal::{FRAME_BYTES_MAX, encode_frame},
-    recovery::{self, PAGE_ENTRIES, Truth},
-    store::{OpenStore, SledStore, Store, StoreError, Tables},
-    tree::{self, Frontier, TreeHash},
+    recovery::{self, PAGE_ENTRIES},
+    store::{OpenStore, SledStore, StoreError, Tables},
+    tree::{self, TreeHash},
 };
+use index::{Index, Indexer};
 use karez_core::{
     id::{Digest, RecordId},
     key::SchedulerId,
     money::{Account, Accounts, Posting},
     unit::UtcMillis,
 };
+use scribe::Scribe;
 use std::{
     collections::VecDeque,
     fs::{self, File, TryLockError},
-    panic::{AssertUnwindSafe, catch_unwind},
-    path::{Path, PathBuf},
+    path::Path,
     pin::pin,
     sync::{Arc, PoisonError, RwLock},
     task::{Context, Poll, Wake, Waker},
@@ -49,16 +53,8 @@ pub const VALUE_BYTES_MAX: usize = 2 << 20;
 /// The largest transaction, in bytes of its journal frame.
 pub const TRANSACTION_BYTES_MAX: usize = 8 << 20;
 
-/// Bytes of one group, so that a group is one bounded write.
-const GROUP_BYTES_MAX: usize = 8 << 20;
 /// Bytes that may wait in the queue, in KiB.
 const QUEUE_KIB_MAX: u32 = 64 << 10;
-/// The index is synced when this much was applied since, or when nothing happens for a moment.
-const INDEX_UNSYNCED_MAX: usize = 8 << 20;
-const INDEX_IDLE: Duration = Duration::from_millis(300);
-/// A failed index is not reopened more often than this.
-const INDEX_RETRY: Duration = Duration::from_secs(1);
-
 /// How a directory is opened.
 #[derive(Debug, Clone)]
 pub struct Options {
@@ -161,15 +157,13 @@ struct Inner {
 /// What readers see: only what is on disk.
 struct Shared {
     view: RwLock<View>,
-    /// `None` while the index has failed and is not rebuilt yet.
-    index: RwLock<Option<Arc<dyn Store>>>,
-    index_path: PathBuf,
+    index: Index,
     derived: Derived,
 }
 
 impl std::fmt::Debug for Shared {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Shared({})", self.index_path.display())
+        write!(f, "Shared({})", self.index.path().display())
     }
 }
 
@@ -231,26 +225,20 @@ impl Writer {
                 root: book.tree().root(),
             }),
             derived,
-            index: RwLock::new(Some(Arc::from(opened.index.store))),
-            index_path: recovery::index_path(dir),
+            index: Index::new(recovery::index_path(dir), opened.index.store, book.entries()),
         });
-        let scribe = Scribe {
-            dir: dir.to_owned(),
-            options: options.clone(),
+        let indexer =
+            Indexer::start(shared.clone()).map_err(|e| StoreError::io(dir, "start a thread", &e))?;
+        let scribe = Scribe::new(
+            dir,
+            options.clone(),
             open_store,
-            number: opened.truth.number,
-            truth: opened.truth.without_content(),
-            book: book.clone(),
-            shared: shared.clone(),
-            unsynced: 0,
-            retry_at: Instant::now(),
-            compact_above: 0,
-            stuck: None,
-            _lock: lock,
-        };
-        for line in &report {
-            tracing::warn!(dir = %dir.display(), "repaired: {line}");
-        }
+            opened.truth,
+            book.clone(),
+            shared.clone(),
+            indexer,
+            lock,
+        );
         let (queue, requests) = mpsc::channel(options.queue_max.max(1));
         let thread = thread::Builder::new()
             .name("ledger-writer".into())
@@ -492,20 +480,17 @@ pub struct Entries {
 
 impl Entries {
     fn read(&mut self) -> Result<Entry, StoreError> {
-        let path = &self.shared.index_path;
-        let bad = |why: String| StoreError::Index {
-            path: path.clone(),
-            why,
-        };
+        let index = &self.shared.index;
         if self.page.is_empty() {
-            let index = read(&self.shared.index).clone();
-            let index = index.ok_or_else(|| bad("it is not open".into()))?;
             let left = usize::try_from(self.end - self.next).unwrap_or(PAGE_ENTRIES);
-            self.page = guarded(path, || index.entries(self.next, left.min(PAGE_ENTRIES)))?.into();
+            let (next, count) = (self.next, left.min(PAGE_ENTRIES));
+            // The index follows the journal at a short distance.
+            index.wait_for(next + count as u64)?;
+            self.page = index.with(|store| store.entries(next, count))?.into();
         }
-        let missing = || bad(format!("entry {} is missing", self.next));
+        let missing = || index.bad(format!("entry {} is missing", self.next));
         let bytes = self.page.pop_front().ok_or_else(missing)?;
-        let entry = Entry::decode(&bytes).map_err(|e| bad(format!("entry {}: {e}", self.next)))?;
+        let entry = Entry::decode(&bytes).map_err(|e| index.bad(format!("entry {}: {e}", self.next)))?;
         if entry.seq != self.next || self.previous.is_some_and(|hash| hash != entry.previous) {
             return Err(missing());
         }
@@ -524,8 +509,8 @@ impl Iterator for Entries {
         }
         let entry = self.read();
         if entry.is_err() {
-            // The writer rebuilds it at the next commit.
-            *write(&self.shared.index) = None;
+            // The writer rebuilds it.
+            self.shared.index.lose();
             self.next = self.end;
         }
         Some(entry)
@@ -538,294 +523,6 @@ fn read<T>(lock: &RwLock<T>) -> std::sync::RwLockReadGuard<'_, T> {
 
 fn write<T>(lock: &RwLock<T>) -> std::sync::RwLockWriteGuard<'_, T> {
     lock.write().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// The index is foreign code over bytes that may be damaged: its panics are errors.
-fn guarded<T>(path: &Path, work: impl FnOnce() -> Result<T, StoreError>) -> Result<T, StoreError> {
-    catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|_| {
-        Err(StoreError::Index {
-            path: path.to_owned(),
-            why: "it panicked".into(),
-        })
-    })
-}
-
-/// The writer's thread.
-struct Scribe {
-    dir: PathBuf,
-    options: Options,
-    open_store: OpenStore,
-    number: u64,
-    truth: Truth,
-    book: Book,
-    shared: Arc<Shared>,
-    /// Bytes in the index that may not be on disk.
-    unsynced: usize,
-    retry_at: Instant,
-    /// After a failed compaction: the length at which it is tried again.
-    compact_above: u64,
-    /// The journal's next generation is named but could not be read: nothing may be written until it is.
-    stuck: Option<StoreError>,
-    _lock: File,
-}
-
-/// A transaction of the group that was not refused.
-struct Accepted {
-    reply: oneshot::Sender<Result<Committed, StoreError>>,
-    committed: Committed,
-    /// The last record of each entry.
-    records: Vec<Option<Vec<u8>>>,
-    undo: Vec<Undo>,
-}
-
-impl Scribe {
-    fn run(mut self, mut requests: mpsc::Receiver<Request>) {
-        loop {
-            // A lost index is rebuilt while nothing else happens, too: readers must not wait for the next writer.
-            let lost = read(&self.shared.index).is_none();
-            let idle = if lost {
-                Some(INDEX_RETRY)
-            } else {
-                (self.unsynced > 0).then_some(INDEX_IDLE)
-            };
-            let first = match wait(requests.recv(), idle) {
-                Some(Some(request)) => request,
-                Some(None) => break,
-                None if lost => {
-                    self.maintain();
-                    continue;
-                }
-                None => {
-                    self.sync_index();
-                    continue;
-                }
-            };
-            let mut bytes = first.bytes;
-            let mut group = vec![first];
-            while group.len() < GROUP_MAX && bytes < GROUP_BYTES_MAX {
-                let Ok(next) = requests.try_recv() else { break };
-                bytes += next.bytes;
-                group.push(next);
-            }
-            self.commit(group);
-            self.maintain();
-        }
-        self.sync_index();
-    }
-
-    fn commit(&mut self, group: Vec<Request>) {
-        let bytes: usize = group.iter().map(|r| r.bytes).sum();
-        if let Err(why) = self.unstick().and_then(|()| self.check_room(bytes as u64)) {
-            for request in group {
-                let _ = request.reply.send(Err(why.clone()));
-            }
-            return;
-        }
-        let mut frames = Vec::new();
-        let mut changes = Vec::new();
-        let mut accepted = Vec::new();
-        let tree_before = self.book.tree().clone();
-        for request in group {
-            let mut undo = Vec::new();
-            let records = request.ops.iter().filter_map(Prepared::last_record).collect();
-            match self.stage(request.ops, &mut undo, &mut frames) {
-                Ok((change, committed)) => {
-                    changes.push(change);
-                    accepted.push(Accepted {
-                        reply: request.reply,
-                        committed,
-                        records,
-                        undo,
-                    });
-                }
-                Err(why) => {
-                    self.take_back(undo);
-                    let _ = request.reply.send(Err(why));
-                }
-            }
-        }
-        if accepted.is_empty() {
-            return;
-        }
-        if let Err(why) = self.truth.journal.append(&frames) {
-            for Accepted { reply, undo, .. } in accepted.into_iter().rev() {
-                self.take_back(undo);
-                self.number -= 1;
-                let _ = reply.send(Err(why.clone()));
-            }
-            return;
-        }
-        // From here on it has happened, whatever becomes of the index.
-        self.index(&changes, frames.len());
-        self.derive(tree_before, &accepted);
-        {
-            let mut view = write(&self.shared.view);
-            for undo in accepted.iter().flat_map(|a| &a.undo) {
-                undo.repeat(&mut view.accounts);
-            }
-            view.entries = self.book.entries();
-            view.head = self.book.head();
-            view.root = self.book.tree().root();
-        }
-        for Accepted { reply, committed, .. } in accepted {
-            let _ = reply.send(Ok(committed));
-        }
-    }
-
-    /// Applies a transaction to the book and writes its frame into `frames`.
-    fn stage(
-        &mut self,
-        ops: Vec<Prepared>,
-        undo: &mut Vec<Undo>,
-        frames: &mut Vec<u8>,
-    ) -> Result<(Change, Committed), StoreError> {
-        let mut steps = Vec::with_capacity(ops.len());
-        let mut entries = Vec::new();
-        for op in ops {
-            match op {
-                Prepared::Step(step) => steps.push(step),
-                Prepared::Post(examined, at) => {
-                    let (entry, bytes, back) = self.book.append_undoable(at, *examined)?;
-                    undo.push(back);
-                    let seq = entry.seq;
-                    entries.push(EntryRef {
-                        seq,
-                        hash: self.book.head(),
-                    });
-                    steps.push(Step::Entry { seq, bytes });
-                }
-            }
-        }
-        let payload = change::encode_steps(&steps);
-        if payload.len() > FRAME_BYTES_MAX {
-            return Err(StoreError::TooLarge {
-                table: String::new(),
-                what: "the transaction",
-                bytes: payload.len(),
-                max: FRAME_BYTES_MAX,
-            });
-        }
-        self.number += 1;
-        let number = self.number;
-        encode_frame(frames, number, &payload);
-        Ok((Change { number, steps }, Committed { number, entries }))
-    }
-
-    fn take_back(&mut self, undo: Vec<Undo>) {
-        for undo in undo.into_iter().rev() {
-            self.book.undo(undo);
-        }
-    }
-
-    /// Goes over to the generation that a compaction left behind half way.
-    fn unstick(&mut self) -> Result<(), StoreError> {
-        if self.stuck.is_some() {
-            self.truth = recovery::reread(&self.dir, self.options.scheduler)?.without_content();
-            self.stuck = None;
-        }
-        Ok(())
-    }
-
-    /// Refuses early, so that the index never meets a full disk: it would not survive that as well as the journal.
-    fn check_room(&self, bytes: u64) -> Result<(), StoreError> {
-        let free = match rustix::fs::statvfs(&self.dir) {
-            Ok(stat) => stat.f_bavail.saturating_mul(stat.f_frsize),
-            // Without an answer the write itself will tell.
-            Err(_) => return Ok(()),
-        };
-        let wanted = self.options.free_bytes_min.saturating_add(bytes);
-        if free >= wanted {
-            return Ok(());
-        }
-        Err(StoreError::DiskFull {
-            path: self.dir.clone(),
-            needed: wanted - free,
-        })
-    }
-
-    /// Adds the group's entries to the files of the tree. What fails here is made up for at the next opening.
-    fn derive(&mut self, mut tree: Frontier, accepted: &[Accepted]) {
-        let from = tree.size();
-        let mut added = Added::default();
-        for (entry, record) in accepted
-            .iter()
-            .flat_map(|a| a.committed.entries.iter().zip(&a.records))
-        {
-            added.push(&mut tree, &entry.hash, record.as_deref());
-        }
-        if tree.size() > from
-            && let Err(why) = self.shared.derived.write(from, &added)
-        {
-            tracing::error!("proofs may fail until the next start: {why}");
-        }
-    }
-
-    fn index(&mut self, changes: &[Change], bytes: usize) {
-        let index = read(&self.shared.index).clone();
-        let Some(index) = index else { return };
-        match guarded(&self.shared.index_path, || index.apply(changes)) {
-            Ok(()) => self.unsynced += bytes,
-            Err(why) => self.lose_index(&why),
-        }
-    }
-
-    fn sync_index(&mut self) {
-        self.unsynced = 0;
-        let index = read(&self.shared.index).clone();
-        let Some(index) = index else { return };
-        if let Err(why) = guarded(&self.shared.index_path, || index.sync()) {
-            self.lose_index(&why);
-        }
-    }
-
-    fn lose_index(&mut self, why: &StoreError) {
-        tracing::error!("{why}");
-        let lost = write(&self.shared.index).take();
-        // Closing it writes once more, and may fail as badly as before.
-        let _ = catch_unwind(AssertUnwindSafe(|| drop(lost)));
-        self.retry_at = Instant::now() + INDEX_RETRY;
-    }
-
-    /// What need not be done before answering: reopen a failed index, sync it, compact the journal.
-    fn maintain(&mut self) {
-        let failed = read(&self.shared.index).is_none();
-        if failed && Instant::now() >= self.retry_at {
-            self.retry_at = Instant::now() + INDEX_RETRY;
-            match recovery::reopen_index(&self.dir, self.options.scheduler, self.open_store) {
-                Ok(index) => {
-                    tracing::info!("the index in {} is back", self.shared.index_path.display());
-                    *write(&self.shared.index) = Some(Arc::from(index));
-                }
-                Err(why) => tracing::warn!("the index is still out of use: {why}"),
-            }
-            if recovery::superseded(&self.dir, self.truth.generation) {
-                // The repair went as far as writing the journal anew.
-                self.stuck = Some(StoreError::Stopped);
-            }
-        }
-        if self.unsynced >= INDEX_UNSYNCED_MAX {
-            self.sync_index();
-        }
-        let bytes = self.truth.journal.bytes();
-        let due = self.truth.base_bytes * 2 + self.options.journal_bytes_max;
-        if bytes > due && bytes >= self.compact_above {
-            self.sync_index();
-            match recovery::compact(&self.dir, self.options.scheduler) {
-                Ok(truth) => {
-                    self.truth = truth.without_content();
-                    self.compact_above = 0;
-                }
-                Err(why) if recovery::superseded(&self.dir, self.truth.generation) => {
-                    tracing::error!("{why}");
-                    self.stuck = Some(why);
-                }
-                Err(why) => {
-                    self.compact_above = bytes + self.options.journal_bytes_max / 4;
-                    tracing::warn!("the journal was not compacted, it goes on growing for now: {why}");
-                }
-            }
-        }
-    }
 }
 
 /// Runs `future` on this thread; `None` when `limit` passes first.
