@@ -1,4 +1,4 @@
-//! The book as it stood after some entry, in a file beside the journal: opening then reads only the entries since.
+//! The book as it stood after some entry, in a file beside the journal: opening then needs to understand only the entries since.
 //!
 //! ```text
 //! dir/book = "KZB1" state BLAKE3(state)
