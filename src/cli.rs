@@ -1,4 +1,6 @@
 //! The tree of commands. The arguments of each group stand in that group's file.
+#[cfg(feature = "engine")]
+use crate::finetune;
 use crate::{
     artifact, demo, embed, fault, generate, home::Home, jobs, join, ledger, market, network, node, out::Out,
     scheduler, submit,
@@ -62,6 +64,9 @@ pub(crate) enum Command {
     Embed(embed::EmbedArgs),
     /// Answer prompts
     Generate(generate::GenerateArgs),
+    /// Train an adapter on your own text
+    #[cfg(feature = "engine")]
+    Finetune(Box<finetune::FinetuneArgs>),
     /// Submit a job described in a file
     Submit(submit::SubmitArgs),
     /// List your jobs

@@ -2,7 +2,7 @@
 use crate::{
     fault::{Kind, fault, refused},
     link::Link,
-    out::{Out, bar_letters, credits, cut, plural},
+    out::{Out, bar_letters, credits, cut, plural, span},
     view,
 };
 use anyhow::Result;
@@ -16,6 +16,8 @@ use tonic::{Code, Request};
 
 /// How long a broken connection is retried before giving up on watching. The job itself goes on.
 const RETRY_MAX: Duration = Duration::from_secs(120);
+/// Lines about training come at most this often where there are no bars.
+const TRAINING_EVERY: Duration = Duration::from_secs(2);
 /// Bars for parts at one time; more would push each other off the screen.
 const BARS_MAX: usize = 8;
 
@@ -96,6 +98,10 @@ struct Shown<'a> {
     bars: Option<Bars>,
     job: String,
     parts: BTreeMap<u32, String>,
+    /// When training was first seen, and how far it was then.
+    since: Option<(Instant, u64, u64)>,
+    /// What was last said of training, and when.
+    said: Option<(Instant, u64)>,
 }
 
 struct Bars {
@@ -127,7 +133,35 @@ impl<'a> Shown<'a> {
             bars,
             job: String::new(),
             parts: BTreeMap::new(),
+            since: None,
+            said: None,
         }
+    }
+
+    /// How a training job does: its step and loss, how quick it is, how long it will take, what it cost so far.
+    fn training(&mut self, job: &wire::JobView) -> Option<String> {
+        let loss = job.parts.iter().rfind(|part| part.loss_micro > 0)?.loss_micro;
+        let seen = |part: &wire::PartView| match part.state.as_str() {
+            "done" => part.meters.map_or(0, |meters| meters.tokens_in),
+            _ => part.tokens,
+        };
+        let tokens: u64 = job.parts.iter().map(seen).sum();
+        let (began, steps, before) = *self.since.get_or_insert((Instant::now(), job.items_done, tokens));
+        let seconds = began.elapsed().as_secs_f64();
+        let mut line = format!(
+            "step {} of {}, loss {:.3}",
+            job.items_done,
+            job.items,
+            loss as f64 / 1e6
+        );
+        let gone = job.items_done.saturating_sub(steps);
+        if gone > 0 && seconds > 0.5 {
+            let speed = tokens.saturating_sub(before) as f64 / seconds;
+            let left = job.items.saturating_sub(job.items_done) as f64 * seconds / gone as f64;
+            line += &format!(", {speed:.0} tokens/s, {} left", span((left * 1000.0) as u64));
+        }
+        line += &format!(", {} credits so far", credits(job.credits_spent));
+        Some(line)
     }
 
     fn say(&self, text: &str) {
@@ -152,6 +186,15 @@ impl<'a> Shown<'a> {
             format!(": {}", job.cause)
         };
         let state = format!("{}{reason}", job.state);
+        let training = self.training(job);
+        if let (Some(line), None) = (&training, &self.bars)
+            && self
+                .said
+                .is_none_or(|(at, step)| step != job.items_done && at.elapsed() >= TRAINING_EVERY)
+        {
+            self.said = Some((Instant::now(), job.items_done));
+            self.say(&format!("  {line}"));
+        }
         for part in &job.parts {
             let line = part_line(part);
             let news = self.parts.insert(part.part, line.clone()).as_ref() != Some(&line);
@@ -166,7 +209,7 @@ impl<'a> Shown<'a> {
         if let Some(bars) = &mut self.bars {
             bars.items.set_length(job.items);
             bars.items.set_position(job.items_done);
-            bars.items.set_message(state.clone());
+            bars.items.set_message(training.unwrap_or_else(|| state.clone()));
             for part in &job.parts {
                 let ended = has_ended(&part.state);
                 if !bars.parts.contains_key(&part.part) && (ended || bars.parts.len() >= BARS_MAX) {

@@ -6,7 +6,7 @@
 //! | [`demo`] | `demo`: the same network, put to work and checked |
 //! | [`join`] | `init`, `join` |
 //! | [`node`], [`scheduler`] | the daemons and their owners' commands |
-//! | [`embed`], [`generate`], [`submit`] | giving work |
+//! | [`embed`], [`generate`], [`submit`], `finetune` | giving work |
 //! | [`jobs`] | watching it |
 //! | [`market`], [`artifact`], [`ledger`] | offers and models, files, the books |
 //!
@@ -18,6 +18,8 @@ mod cli;
 mod demo;
 mod embed;
 mod fault;
+#[cfg(feature = "engine")]
+mod finetune;
 mod follow;
 mod generate;
 mod home;
@@ -121,6 +123,8 @@ fn run(cli: Cli, out: &'static out::Out) -> Result<()> {
         Command::Scheduler(args) => scheduler::run(&context, args),
         Command::Embed(args) => local(Box::pin(async move { embed::run(&c, args).await })),
         Command::Generate(args) => local(Box::pin(async move { generate::run(&c, args).await })),
+        #[cfg(feature = "engine")]
+        Command::Finetune(args) => local(Box::pin(async move { finetune::run(&c, *args).await })),
         Command::Submit(args) => local(Box::pin(async move { submit::run(&c, args).await })),
         Command::Jobs(args) => local(Box::pin(async move { jobs::list(&c, args).await })),
         Command::Job(args) => local(Box::pin(async move { jobs::run(&c, args).await })),

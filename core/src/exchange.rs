@@ -62,6 +62,8 @@ pub struct Held {
     pub items_done: u64,
     /// Tokens read and written.
     pub tokens: u64,
+    /// Loss of the latest step in millionths of a nat; 0 when nothing is trained.
+    pub loss_micro: u64,
 }
 
 /// Everything a node holds for one scheduler, at every heartbeat. What it does not name, it does not hold.
@@ -105,6 +107,8 @@ pub struct LeaseAsk {
     pub ttl: Millis,
     /// Where artifacts can be had.
     pub holders: Vec<Holder>,
+    /// The state to go on from, of work whose parts follow each other; none for its beginning.
+    pub from: Option<ArtifactRef>,
 }
 
 /// From node to scheduler.

@@ -172,6 +172,8 @@ fn shape(vocab_size: usize) -> Config {
         attention_bias: false,
         mlp_bias: false,
         rope_scaling: None,
+        rope_parameters: None,
+        use_sliding_window: false,
     }
 }
 

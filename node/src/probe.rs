@@ -30,6 +30,9 @@ const WORKER_MAX: Duration = Duration::from_secs(3);
 const GENERATE_BYTES: f64 = 620e6;
 /// Done for every token of the reference embedding, all-MiniLM-L6-v2.
 const EMBED_FLOPS: f64 = 22e6;
+/// Arithmetic of one token when a low-rank adapter is trained on a model of a hundred million parameters: twice
+/// through its matrices, two operations each.
+const TRAIN_FLOPS: f64 = 4.4e8;
 /// What matrix kernels with 256-bit vectors reach beyond the plain loop measured here, losses counted.
 const KERNEL_GAIN: f64 = 2.0;
 
@@ -200,6 +203,12 @@ fn describe(
     match (worker, measured.isolation) {
         (Some(_), Some(_)) => {
             engines.push(engine("candle", WorkKind::Embed, measured.embed_milli, METHOD));
+            engines.push(engine(
+                "karez-train",
+                WorkKind::Train,
+                (measured.embed_milli as f64 * EMBED_FLOPS / TRAIN_FLOPS) as u64,
+                METHOD,
+            ));
             engines.push(engine(
                 "llama.cpp",
                 WorkKind::Generate,

@@ -63,13 +63,18 @@ impl Pins {
     pub(crate) async fn sweep(&self, shared: &Shared) {
         let changed = std::mem::take(&mut *lock(&self.changed));
         for job in changed {
-            if shared
-                .look(|c| c.job(&job))
-                .await
-                .is_none_or(|view| view.state.ended())
-            {
-                self.release(&job);
+            match shared.look(|c| c.job(&job)).await {
+                Some(view) if !view.state.ended() => self.release_passed(&view),
+                _ => self.release(&job),
             }
+        }
+    }
+
+    /// Lets go of states that work in sequence has gone beyond: a long run must not fill the store with checkpoints.
+    fn release_passed(&self, job: &JobView) {
+        let passed = passed(job);
+        if let Some(pins) = lock(&self.held).get_mut(&job.id) {
+            pins.retain(|pin| !passed.contains(&pin.artifact()));
         }
     }
 
@@ -81,8 +86,21 @@ impl Pins {
     }
 }
 
+/// Results of work in sequence that a later part's result stands for.
+fn passed(job: &JobView) -> Vec<ArtifactRef> {
+    if !job.order.work.in_sequence() {
+        return Vec::new();
+    }
+    let mut results: Vec<ArtifactRef> = job.parts.iter().filter_map(|part| part.result).collect();
+    let last = results.pop();
+    results.retain(|result| Some(*result) != last);
+    results
+}
+
 fn needs(job: &JobView) -> impl Iterator<Item = ArtifactRef> {
-    let results = job.parts.iter().filter_map(|part| part.result);
+    let passed = passed(job);
+    let states = job.parts.iter().flat_map(|part| [part.result, part.left]);
+    let results = states.flatten().filter(move |result| !passed.contains(result));
     [job.order.input]
         .into_iter()
         .chain(job.order.work.artifacts())

@@ -750,6 +750,7 @@ async fn a_job_runs_is_billed_and_its_result_can_be_fetched() {
         phase: Phase::Running,
         items_done: 1,
         tokens: 0,
+        loss_micro: 0,
     };
     session
         .say(ToScheduler::Report(Report {

@@ -484,6 +484,7 @@ impl World {
         let failed = matches!(exit, Exit::Failed { .. });
         let span = if failed { span / 2 + 1 } else { span };
         let totals = WorkerMeters {
+            loss_micro: 0,
             cpu: Millis(span),
             memory_peak: Bytes(1 << 28),
             tokens_in: tokens / 2,
@@ -541,6 +542,7 @@ impl World {
             Work::Noop { millis_per_item } => return (items * u64::from(*millis_per_item), 0),
             Work::Embed { .. } => (0, text.max(items)),
             Work::Generate(g) => (0, text.max(items) + items * u64::from(g.max_tokens)),
+            Work::Train(t) => (0, items * u64::from(t.tokens_per_step)),
         };
         (fixed + tokens * 1_000_000 / speed, tokens)
     }
@@ -612,6 +614,7 @@ fn result_of(key: &LeaseKey) -> ArtifactRef {
 fn share(of: &WorkerMeters, part: u64, whole: u64) -> WorkerMeters {
     let cut = |value: u64| value * part / whole;
     WorkerMeters {
+        loss_micro: 0,
         cpu: Millis(cut(of.cpu.0)),
         memory_peak: of.memory_peak,
         tokens_in: cut(of.tokens_in),

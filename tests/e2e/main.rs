@@ -7,3 +7,4 @@ mod bad_days;
 mod bad_input;
 mod good_days;
 mod net;
+mod training;

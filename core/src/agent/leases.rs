@@ -71,6 +71,7 @@ impl Agent {
             lease: lease.clone(),
             order: ask.order,
             holders: ask.holders,
+            from: ask.from,
             ttl,
             stage: Stage::Granted,
             readings: Vec::new(),
@@ -86,7 +87,7 @@ impl Agent {
         self.fences.insert((key.job, key.part), seen);
         self.offer_changed = true;
         let fence = put(FENCES, &fence_row(key.job, key.part), &seen);
-        if needs(&holding.order).is_empty() {
+        if needs(&holding.order, holding.from).is_empty() {
             // Nothing to fetch: the promise and the intent to start go to disk together.
             self.holdings.insert(key, holding);
             out.push(Effect::Persist(vec![fence]));
@@ -196,7 +197,7 @@ impl Agent {
         let Some(holding) = self.holdings.get(&key) else {
             return;
         };
-        let artifacts = needs(&holding.order);
+        let artifacts = needs(&holding.order, holding.from);
         if artifacts.is_empty() {
             self.start(now, key, out);
         } else {
@@ -224,6 +225,7 @@ impl Agent {
             items: holding.lease.items,
             device_class: holding.lease.device_class.clone(),
             devices: holding.lease.devices,
+            from: holding.from,
         });
     }
 
@@ -272,13 +274,17 @@ impl Agent {
             (Exit::Done(result), _) => {
                 self.end(now, key, Outcome::Done, String::new(), false, Some(result), out)
             }
+            // A reclaim takes the machine, not the work: what the guest left goes along.
+            (Exit::Left(state), Some((Outcome::Reclaimed, cause, retryable))) => {
+                self.end(now, key, Outcome::Reclaimed, cause, retryable, Some(state), out)
+            }
             (_, Some((outcome, cause, retryable))) => {
                 self.end(now, key, outcome, cause, retryable, None, out)
             }
             (Exit::Failed { why, retryable }, None) => {
                 self.end(now, key, Outcome::Failed, why, retryable, None, out)
             }
-            (Exit::Stopped, None) => {
+            (Exit::Stopped | Exit::Left(_), None) => {
                 self.end(
                     now,
                     key,

@@ -84,6 +84,8 @@ pub(super) struct Holding {
     pub(super) lease: Verified<Lease>,
     pub(super) order: Verified<Order>,
     pub(super) holders: Vec<Holder>,
+    #[serde(default)]
+    pub(super) from: Option<ArtifactRef>,
     pub(super) ttl: Millis,
     pub(super) stage: Stage,
     #[serde(skip)]
@@ -109,7 +111,7 @@ pub(super) struct Live {
 impl Holding {
     pub(super) fn phase(&self) -> Phase {
         match self.stage {
-            Stage::Granted if needs(&self.order).is_empty() => Phase::Granted,
+            Stage::Granted if needs(&self.order, self.from).is_empty() => Phase::Granted,
             Stage::Granted => Phase::Fetching,
             Stage::Running => Phase::Running,
             Stage::Ended(_) => Phase::Finished,
@@ -160,10 +162,10 @@ impl Holding {
 }
 
 /// The artifacts a part needs on the node before it can start.
-pub(super) fn needs(order: &Order) -> Vec<ArtifactRef> {
+pub(super) fn needs(order: &Order, from: Option<ArtifactRef>) -> Vec<ArtifactRef> {
     match &order.work {
         Work::Noop { .. } => Vec::new(),
-        work => work.artifacts().chain([order.input]).collect(),
+        work => work.artifacts().chain([order.input]).chain(from).collect(),
     }
 }
 

@@ -87,6 +87,8 @@ pub struct WorkerMeters {
     pub items: u64,
     /// Bytes of results.
     pub bytes_out: Bytes,
+    /// Loss of the latest step in millionths of a nat; 0 when nothing is trained.
+    pub loss_micro: u64,
 }
 
 /// How a worker ended.
@@ -103,6 +105,8 @@ pub enum Exit {
     },
     /// It stopped because it was told to.
     Stopped,
+    /// The same, and this is the state that the work can go on from elsewhere.
+    Left(ArtifactRef),
 }
 
 /// What the owner can say.
@@ -214,6 +218,8 @@ pub enum Effect {
         device_class: String,
         /// How many devices.
         devices: u32,
+        /// The state to go on from.
+        from: Option<ArtifactRef>,
     },
     /// Stop the worker; kill it when it has not left within the grace. [`Event::Exited`] follows.
     Stop {

@@ -223,6 +223,7 @@ fn ask_for(order: Verified<Order>, fence: u64) -> LeaseAsk {
         device_ms_max: DeviceMillis(60_000),
         ttl: Millis(15_000),
         holders: Vec::new(),
+        from: None,
     }
 }
 
@@ -657,6 +658,7 @@ fn a_report_names_what_that_scheduler_holds_and_nothing_else() {
         phase: Phase::Fetching,
         items_done: 0,
         tokens: 0,
+        loss_micro: 0,
     };
     assert_eq!(held(scheduler(S)), Some(vec![expected]));
     assert_eq!(held(scheduler(S + 1)), Some(Vec::new()));

@@ -203,6 +203,7 @@ pub(super) fn held(key: LeaseKey, holding: &Holding) -> Held {
         phase: holding.phase(),
         items_done: w.items,
         tokens: w.tokens_in.saturating_add(w.tokens_out),
+        loss_micro: w.loss_micro,
     }
 }
 

@@ -223,6 +223,7 @@ impl Controller {
         };
         job.spent = job.spent.saturating_add(credits);
         let kind = job.order.work.kind();
+        let sequence = job.order.work.in_sequence();
         let Some(part) = job.parts.get_mut(key.part as usize) else {
             return;
         };
@@ -235,6 +236,7 @@ impl Controller {
         }
         if done {
             part.result = usage.result;
+            part.left = None;
             part.items_done = part.items;
             self.market
                 .note_success(&node, kind, measured(kind, &usage.meters));
@@ -261,14 +263,21 @@ impl Controller {
                 self.set_part(now, &key, JobState::Queued, cause, out);
             }
             // Announced reclaim never costs reputation, nor one of the job's attempts.
-            Outcome::Reclaimed => self.retry(
-                now,
-                key,
-                &node,
-                format!("{name} was taken back by its owner"),
-                false,
-                out,
-            ),
+            Outcome::Reclaimed => {
+                if let Some(part) = self.part_mut(&key)
+                    && sequence
+                {
+                    part.left = usage.result.or(part.left);
+                }
+                self.retry(
+                    now,
+                    key,
+                    &node,
+                    format!("{name} was taken back by its owner"),
+                    false,
+                    out,
+                )
+            }
             _ => {
                 self.market.note_failure(&node);
                 self.retry(now, key, &node, format!("{name}: {}", usage.cause), true, out);
@@ -285,8 +294,8 @@ impl Controller {
 /// Speed shown by a finished lease; too short ones tell nothing.
 fn measured(kind: WorkKind, meters: &Meters) -> Option<Speed> {
     let units = match kind {
-        // A no-op's time is given, not achieved.
-        WorkKind::Noop => return None,
+        // A no-op's time is given, not achieved; a training token costs as much as its model is large.
+        WorkKind::Noop | WorkKind::Train => return None,
         WorkKind::Embed | WorkKind::Generate => meters.tokens_in.saturating_add(meters.tokens_out),
     };
     if meters.device_ms.0 < 50 || units == 0 {

@@ -91,6 +91,9 @@ pub struct Job {
     pub parts: Vec<Part>,
 }
 
+/// Bytes of the model that speeds of training are told for.
+const TRAIN_REFERENCE: u128 = 220_000_000;
+
 /// One part of a job: the unit that is placed, leased and billed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Part {
@@ -126,9 +129,18 @@ pub struct Part {
     pub result: Option<ArtifactRef>,
     /// Its receipt.
     pub receipt: Option<RecordId>,
+    /// What an attempt left behind when its owner took the machine back: the next one goes on from there.
+    #[serde(default)]
+    pub left: Option<ArtifactRef>,
     /// Items finished so far.
     #[serde(skip)]
     pub items_done: u64,
+    /// Tokens read and written so far.
+    #[serde(skip)]
+    pub tokens: u64,
+    /// Loss of its latest training step, in millionths of a nat.
+    #[serde(skip)]
+    pub loss_micro: u64,
     /// Not to be placed before.
     #[serde(skip)]
     pub(super) not_before: MonoMillis,
@@ -167,7 +179,10 @@ impl Job {
                     items: part_items,
                     ceiling: Credits(u64::try_from(ceiling).unwrap_or(u64::MAX)),
                     state: JobState::Queued,
-                    cause: String::new(),
+                    cause: match i {
+                        1.. if order.work.in_sequence() => "waits for the part before it".into(),
+                        _ => String::new(),
+                    },
                     changed_at: at,
                     fence: 0,
                     settled: 0,
@@ -179,7 +194,10 @@ impl Job {
                     credits: Credits::ZERO,
                     result: None,
                     receipt: None,
+                    left: None,
                     items_done: 0,
+                    tokens: 0,
+                    loss_micro: 0,
                     not_before: MonoMillis::ZERO,
                 }
             })
@@ -198,6 +216,26 @@ impl Job {
             log: Vec::new(),
             parts,
         }
+    }
+
+    /// Whether a part may be placed: of work in sequence, only the one after those that are done.
+    pub(super) fn is_next(&self, part: PartIndex) -> bool {
+        let before = part
+            .checked_sub(1)
+            .and_then(|before| self.parts.get(before as usize));
+        !self.order.work.in_sequence() || before.is_none_or(|before| before.state == JobState::Done)
+    }
+
+    /// The state that a part of work in sequence begins with: what its last attempt left, or the part before it.
+    pub(super) fn state_for(&self, part: PartIndex) -> Option<ArtifactRef> {
+        if !self.order.work.in_sequence() {
+            return None;
+        }
+        let left = self.parts.get(part as usize).and_then(|part| part.left);
+        let before = part
+            .checked_sub(1)
+            .and_then(|before| self.parts.get(before as usize));
+        left.or_else(|| before.and_then(|before| before.result))
     }
 
     pub(super) fn key(&self, part: PartIndex) -> LeaseKey {
@@ -248,6 +286,16 @@ impl Job {
                 Bytes::ZERO,
             ),
             Work::Embed { model, .. } => (tokens, Millis::ZERO, memory(model)),
+            Work::Train(t) => {
+                // Speeds of training are told for a model of 110 million numbers, two bytes each: others count as
+                // many tokens as they are larger.
+                let tokens = u128::from(items) * u128::from(t.tokens_per_step);
+                let units = tokens * u128::from(t.model.bytes.0) / TRAIN_REFERENCE;
+                let units = u64::try_from(units).unwrap_or(u64::MAX).max(items);
+                // Matrices held as f32 take twice a 16-bit file; activations come on top.
+                let memory = t.model.bytes.0.saturating_mul(2).saturating_add(256 << 20);
+                (units, Millis::ZERO, Bytes(memory))
+            }
             Work::Generate(g) => (
                 tokens.saturating_add(items.saturating_mul(g.max_tokens.into())),
                 Millis::ZERO,

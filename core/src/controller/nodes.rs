@@ -5,7 +5,7 @@ use super::{
     job::{JobState, Part},
 };
 use crate::{
-    exchange::{Phase, Refusal, Report, ToNode, ToScheduler},
+    exchange::{Held, Phase, Refusal, Report, ToNode, ToScheduler},
     id::LeaseKey,
     key::{NodeId, PublicKey},
     market::OfferError,
@@ -151,7 +151,7 @@ impl Controller {
                 continue;
             }
             renewals.push((key, now.utc.after(until), until));
-            self.progress(now, &key, held.phase, held.items_done, out);
+            self.progress(now, held, out);
         }
         let missing: Vec<LeaseKey> = self
             .claims_of
@@ -208,15 +208,17 @@ impl Controller {
         self.set_part(now, &key, JobState::Placed, cause, out);
     }
 
-    fn progress(&mut self, now: Now, key: &LeaseKey, phase: Phase, items_done: u64, out: &mut Vec<Effect>) {
-        let state = match phase {
+    fn progress(&mut self, now: Now, held: &Held, out: &mut Vec<Effect>) {
+        let key = &held.key;
+        let state = match held.phase {
             Phase::Granted => JobState::Placed,
             Phase::Fetching => JobState::Fetching,
             Phase::Running | Phase::Finished => JobState::Running,
         };
         let Some(part) = self.part_mut(key) else { return };
-        let changed = part.items_done != items_done;
-        part.items_done = items_done.min(part.items);
+        let changed = part.items_done != held.items_done;
+        part.items_done = held.items_done.min(part.items);
+        (part.tokens, part.loss_micro) = (held.tokens, held.loss_micro);
         if part.state != state {
             let cause = part.cause.clone();
             self.set_part(now, key, state, cause, out);
@@ -264,7 +266,14 @@ impl Controller {
             Some(true) => Phase::Fetching,
             _ => Phase::Running,
         };
-        self.progress(now, &key, phase, 0, out);
+        let held = Held {
+            key,
+            phase,
+            items_done: 0,
+            tokens: 0,
+            loss_micro: 0,
+        };
+        self.progress(now, &held, out);
     }
 
     fn on_refused(&mut self, now: Now, node: NodeId, key: LeaseKey, why: &Refusal, out: &mut Vec<Effect>) {

@@ -46,9 +46,12 @@ impl Controller {
         };
         let waiting: Vec<PartIndex> = (0u32..)
             .zip(&job.parts)
-            .filter(|(_, p)| p.state == JobState::Queued)
+            .filter(|(i, p)| p.state == JobState::Queued && job.is_next(*i))
             .map(|(i, _)| i)
             .collect();
+        if job.order.work.in_sequence() {
+            self.give_what_is_left(id, &waiting);
+        }
         // Parts that differ in nothing that matters are refused alike: one refusal speaks for the rest.
         let mut refused: Option<(u64, Vec<NodeId>, placement::Refusal)> = None;
         let (mut asked, mut changed) = (false, false);
@@ -68,6 +71,7 @@ impl Controller {
                 self.judged += self.market.len() as u64;
                 match placement::place(&self.market, &request, &self.policy) {
                     Ok(plan) => {
+                        let plan = self.stay(id, index, plan);
                         self.ask(now, id, index, plan, out);
                         asked = true;
                         continue;
@@ -83,6 +87,42 @@ impl Controller {
             out.push(Effect::Changed(id));
         }
         asked
+    }
+
+    /// Parts that follow each other are never in flight together: each may cost what those before it left.
+    fn give_what_is_left(&mut self, id: JobId, parts: &[PartIndex]) {
+        let Some(job) = self.jobs.get_mut(&id) else { return };
+        let left = job.reserved.saturating_sub(job.spent);
+        for part in parts {
+            if let Some(part) = job.parts.get_mut(*part as usize) {
+                part.ceiling = left;
+            }
+        }
+    }
+
+    /// Work in sequence stays where its last part ran, when another node would be no cheaper: its state is there.
+    fn stay(&self, id: JobId, index: PartIndex, mut plan: Plan) -> Plan {
+        let before = self
+            .jobs
+            .get(&id)
+            .filter(|job| job.order.work.in_sequence())
+            .and_then(|job| job.parts.get(index.checked_sub(1)? as usize))
+            .and_then(|before| before.plan.as_ref());
+        let Some(here) = before.map(|before| &before.chosen) else {
+            return plan;
+        };
+        let same = |c: &placement::Candidate| {
+            c.node == here.node
+                && c.device_class == here.device_class
+                && c.rate <= plan.chosen.rate
+                && !c.busy
+        };
+        if let Some(found) = plan.alternatives.iter().position(same)
+            && plan.chosen.node != here.node
+        {
+            core::mem::swap(&mut plan.chosen, &mut plan.alternatives[found]);
+        }
+        plan
     }
 
     /// Notes why a part waits. The reason is shown, not stored: it is found again after a restart.
@@ -152,6 +192,7 @@ impl Controller {
             device_ms_max: self.limit_of(chosen.rate, part),
             ttl: self.config.lease_ttl,
             holders: self.holders(&job.order),
+            from: job.state_for(index),
         };
         let key = ask.key;
         self.claim(key, &plan, now.mono.after(self.config.ask_timeout), false);

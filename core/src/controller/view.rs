@@ -74,6 +74,12 @@ pub struct PartView {
     pub alternatives: Vec<Candidate>,
     /// Items finished.
     pub items_done: u64,
+    /// Tokens read and written so far.
+    pub tokens: u64,
+    /// Loss of its latest training step, in millionths of a nat.
+    pub loss_micro: u64,
+    /// What an attempt left for the next one.
+    pub left: Option<ArtifactRef>,
     /// What was metered.
     pub meters: Meters,
     /// What was billed.
@@ -346,6 +352,9 @@ fn part_view(index: PartIndex, part: &Part) -> PartView {
             .map(|p| p.alternatives.clone())
             .unwrap_or_default(),
         items_done: items_done(part),
+        tokens: part.tokens,
+        loss_micro: part.loss_micro,
+        left: part.left,
         meters: part.meters,
         credits: part.credits,
         result: part.result,

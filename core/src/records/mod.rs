@@ -24,7 +24,8 @@ pub use lease::Lease;
 pub use meter::{MeterReading, Meters, Outcome, Usage};
 pub use offer::{Device, Engine, NodeState, OFFER_CACHED_MAX, Offer, WorkKind};
 pub use order::{
-    Constraints, FORMAT_BYTES_MAX, Generate, ITEMS_MAX, Order, PARTS_MAX, STOP_BYTES_MAX, STOPS_MAX, Work,
+    Constraints, FORMAT_BYTES_MAX, Generate, ITEMS_MAX, Order, PARTS_MAX, SETTINGS_BYTES_MAX, STOP_BYTES_MAX,
+    STOPS_MAX, Train, Work,
 };
 pub use receipt::{Flag, Receipt};
 pub use social::{ClassSummary, Invitation, Role, Summary};

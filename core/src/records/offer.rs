@@ -25,6 +25,8 @@ pub enum WorkKind {
     Embed,
     /// Continue prompts.
     Generate,
+    /// Train an adapter.
+    Train,
 }
 
 impl WorkKind {
@@ -34,6 +36,7 @@ impl WorkKind {
             Self::Noop => "noop",
             Self::Embed => "embed",
             Self::Generate => "generate",
+            Self::Train => "train",
         }
     }
 }
@@ -45,8 +48,9 @@ impl core::str::FromStr for WorkKind {
             "noop" => Ok(Self::Noop),
             "embed" => Ok(Self::Embed),
             "generate" => Ok(Self::Generate),
+            "train" => Ok(Self::Train),
             _ => Err(format!(
-                "{text:?} is no kind of work: expected noop, embed or generate"
+                "{text:?} is no kind of work: expected noop, embed, generate or train"
             )),
         }
     }

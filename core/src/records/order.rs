@@ -167,6 +167,25 @@ impl Generate {
     }
 }
 
+/// How to fine-tune. Items are steps; parts are done one after the other, and each result is the checkpoint that the
+/// next part begins with.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Train {
+    /// A Hugging Face directory.
+    pub model: ArtifactRef,
+    /// What the user called it.
+    pub model_name: String,
+    /// The trainer's settings as canonical JSON; at most [`SETTINGS_BYTES_MAX`].
+    pub settings: String,
+    /// The language of lines that name none; empty when unknown.
+    pub language: String,
+    /// Tokens of one step, about: for estimates.
+    pub tokens_per_step: u32,
+}
+
+/// Bytes of a trainer's settings at most.
+pub const SETTINGS_BYTES_MAX: usize = 16 * 1024;
+
 /// What to do with each item of the input.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -185,15 +204,23 @@ pub enum Work {
     },
     /// Continue `prompt` of each line.
     Generate(Generate),
+    /// Train an adapter on the input.
+    Train(Train),
 }
 
 impl Work {
+    /// Whether each part begins with what the one before it left.
+    pub fn in_sequence(&self) -> bool {
+        matches!(self, Self::Train(_))
+    }
+
     /// Which kind of engine it needs.
     pub fn kind(&self) -> WorkKind {
         match self {
             Self::Noop { .. } => WorkKind::Noop,
             Self::Embed { .. } => WorkKind::Embed,
             Self::Generate(_) => WorkKind::Generate,
+            Self::Train(_) => WorkKind::Train,
         }
     }
     /// The model it needs.
@@ -202,6 +229,7 @@ impl Work {
             Self::Noop { .. } => None,
             Self::Embed { model, .. } => Some(model),
             Self::Generate(g) => Some(&g.model),
+            Self::Train(t) => Some(&t.model),
         }
     }
     /// Every artifact it needs besides its input: the model, and what goes over it.
@@ -218,6 +246,7 @@ impl Work {
             Self::Noop { .. } => "",
             Self::Embed { model_name, .. } => model_name,
             Self::Generate(g) => &g.model_name,
+            Self::Train(t) => &t.model_name,
         }
     }
 }
@@ -294,6 +323,13 @@ impl Record for Order {
                 model_name: model_name.clone(),
             }),
             Work::Generate(g) => wire::work::Kind::Generate(g.to_wire()),
+            Work::Train(t) => wire::work::Kind::Train(wire::Train {
+                model: Some(t.model.into()),
+                model_name: t.model_name.clone(),
+                settings: t.settings.clone(),
+                language: t.language.clone(),
+                tokens_per_step: t.tokens_per_step,
+            }),
         };
         let names = |list: &[Institution]| list.iter().map(ToString::to_string).collect();
         let codes = |list: &[Country]| list.iter().map(ToString::to_string).collect();
@@ -336,6 +372,13 @@ impl Record for Order {
                 model_name: f.text("embed.model_name", e.model_name, 128)?,
             },
             wire::work::Kind::Generate(g) => Work::Generate(Generate::from_wire(f, g)?),
+            wire::work::Kind::Train(t) => Work::Train(Train {
+                model: model("train.model", t.model)?,
+                model_name: f.text("train.model_name", t.model_name, 128)?,
+                settings: f.text("train.settings", t.settings, SETTINGS_BYTES_MAX)?,
+                language: f.text("train.language", t.language, 35)?,
+                tokens_per_step: t.tokens_per_step,
+            }),
         };
         let c = w.constraints.unwrap_or_default();
         let codes = |field, list: Vec<String>| f.list(field, list, 256, |t| f.parse(field, &t));

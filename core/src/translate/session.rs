@@ -353,6 +353,7 @@ impl From<LeaseAsk> for wire::LeaseAsk {
                 .take(HOLDERS_MAX)
                 .map(Into::into)
                 .collect(),
+            from: ask.from.map(Into::into),
         }
     }
 }
@@ -379,6 +380,10 @@ impl TryFrom<wire::LeaseAsk> for LeaseAsk {
                 .into_iter()
                 .map(TryInto::try_into)
                 .collect::<Result<_, _>>()?,
+            from: w
+                .from
+                .map(|from| super::artifact("ask", Some(from)))
+                .transpose()?,
         };
         if ask.order.id() == ask.key.job.0 {
             Ok(ask)
@@ -418,6 +423,7 @@ impl From<Report> for wire::Report {
             phase: h.phase.as_str().into(),
             items_done: h.items_done,
             tokens: h.tokens,
+            loss_micro: h.loss_micro,
         };
         Self {
             sequence: report.sequence,
@@ -439,6 +445,7 @@ impl TryFrom<wire::Report> for Report {
                     .map_err(|why: String| field("report", "phase", clean(&why, NAME_MAX)))?,
                 items_done: h.items_done,
                 tokens: h.tokens,
+                loss_micro: h.loss_micro,
             })
         };
         Ok(Self {

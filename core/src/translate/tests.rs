@@ -171,6 +171,7 @@ fn everything_a_node_says_arrives_as_said() {
             phase,
             items_done: 4,
             tokens: 9,
+            loss_micro: 0,
         })
         .to_vec();
     let report = Report { sequence: 8, held };
@@ -227,6 +228,7 @@ fn everything_a_scheduler_says_arrives_as_said() {
             key: public(2),
             addrs: vec!["127.0.0.1:7402".into()],
         }],
+        from: Some(order().input),
     };
     let renewals = vec![(key, UtcMillis(50), Millis(15_000))];
     for said in [
@@ -276,6 +278,7 @@ fn what_breaks_a_rule_is_named() {
         phase: "running".into(),
         items_done: 0,
         tokens: 0,
+        loss_micro: 0,
     };
     let other = LeaseKey {
         fence: 9,
@@ -384,6 +387,7 @@ proptest! {
                 phase: Phase::Running,
                 items_done,
                 tokens,
+                loss_micro: fence ^ tokens,
             })
             .collect();
         let report = Report { sequence, held };

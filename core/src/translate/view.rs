@@ -60,6 +60,8 @@ impl From<PartView> for wire::PartView {
             changed_at: part.changed_at.0,
             receipt: part.receipt.map(|r| r.0.to_vec()).unwrap_or_default(),
             cost_estimate: part.cost_estimate.0,
+            tokens: part.tokens,
+            loss_micro: part.loss_micro,
         }
     }
 }

@@ -7,6 +7,7 @@
 //!
 //! Not here: the process itself (`client` and `worker`).
 mod generate;
+mod train;
 
 pub use generate::{
     Adapter, BIASES_MAX, Finish, Generate, JsonSchema, Message, Piece, Prompt, ResponseFormat,
@@ -15,6 +16,7 @@ pub use generate::{
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use std::io::{self, Read, Write};
 use std::path::PathBuf;
+pub use train::{Checkpointed, Progress, Train};
 
 use crate::error::EngineError;
 use crate::unit::{Bytes, Millis};
@@ -41,6 +43,8 @@ pub enum LoadKind {
     Generate,
     /// Sentence vectors from a safetensors directory or a GGUF file.
     Embed,
+    /// Training on a Hugging Face directory.
+    Train,
     /// No model: waits for a given time. For tests and for measuring the network itself.
     Noop,
 }
@@ -70,6 +74,9 @@ pub struct Load {
     /// A directory whose files the worker may read too: the adapters that requests name.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub adapters: Option<PathBuf>,
+    /// A directory that a training worker may read and write: data and checkpoints come and go there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub scratch: Option<PathBuf>,
     /// The model's BLAKE3 digest in hexadecimal. With it, adapters that name another base are refused.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub digest: Option<String>,
@@ -88,6 +95,7 @@ impl Load {
             sequences: None,
             cache_tokens: None,
             adapters: None,
+            scratch: None,
             digest: None,
         }
     }
@@ -131,6 +139,8 @@ pub enum Work {
         /// At most [`TEXTS_MAX`].
         texts: Vec<String>,
     },
+    /// Take training steps.
+    Train(Train),
     /// Wait.
     Noop {
         /// For how long.
@@ -194,6 +204,8 @@ pub enum Output {
         /// How many texts were longer than the model's positions and were cut.
         truncated: u32,
     },
+    /// A checkpoint lies where it was asked for. A training run that is cancelled ends with one too.
+    Checkpoint(Checkpointed),
     /// Nothing, as asked.
     Nothing,
 }

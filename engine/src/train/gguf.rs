@@ -1,8 +1,8 @@
-//! A Hugging Face folder of a Llama model, as one GGUF file for llama.cpp.
+//! A Hugging Face folder of a Llama, Qwen2 or Qwen3 model, as one GGUF file for llama.cpp.
 //!
 //! Two things are easily got wrong. llama.cpp turns neighbouring columns of a head where Hugging Face turns the two
 //! halves, so the rows of Q and K change places. And it splits text itself, by the rule named in
-//! `tokenizer.ggml.pre`: only tokenizers that split by GPT-2's rule are taken, and nothing else is guessed.
+//! `tokenizer.ggml.pre`: only tokenizers that split by a rule it knows are taken, and nothing else is guessed.
 
 use std::fs;
 use std::io::{Seek, Write};
@@ -38,41 +38,65 @@ pub fn export<W: Write + Seek>(
     precision: Precision,
     out: &mut W,
 ) -> Result<(), TrainError> {
+    let weights = load(&folder.join("model.safetensors"), &Device::Cpu)?;
+    export_weights(folder, &weights, name, precision, out)
+}
+
+/// The same with other weights than the folder's.
+pub fn export_weights<W: Write + Seek>(
+    folder: &Path,
+    weights: &Weights,
+    name: &str,
+    precision: Precision,
+    out: &mut W,
+) -> Result<(), TrainError> {
     let config: Config = read(&folder.join("config.json"))?;
     config.check()?;
+    let stretched = config.rope_scaling.as_ref().or(config.rope_parameters.as_ref());
+    let theta = stretched.and_then(|s| s.rope_theta).unwrap_or(config.rope_theta);
+    if stretched.is_some_and(|s| s.rope_type.as_deref().is_some_and(|kind| kind != "default")) {
+        return Err(TrainError::Unsupported(
+            "its rotary positions are stretched".to_owned(),
+        ));
+    }
     let tokenizer: Json = read(&folder.join("tokenizer.json"))?;
     let tokenizer_config: Json = read(&folder.join("tokenizer_config.json"))?;
-    let weights = load(&folder.join("model.safetensors"), &Device::Cpu)?;
 
     let file_type = match precision {
         Precision::F16 => MOSTLY_F16,
         Precision::Q8_0 => MOSTLY_Q8_0,
     };
+    let architecture = config.model_type.as_str();
+    let of = |key: &str| format!("{architecture}.{key}");
     let mut metadata = vec![
-        ("general.architecture", text("llama")),
-        ("general.name", text(name)),
-        ("general.file_type", Value::U32(file_type)),
-        ("general.quantization_version", Value::U32(2)),
-        ("llama.block_count", count(config.num_hidden_layers)),
-        ("llama.context_length", count(config.max_position_embeddings)),
-        ("llama.embedding_length", count(config.hidden_size)),
-        ("llama.feed_forward_length", count(config.intermediate_size)),
-        ("llama.attention.head_count", count(config.num_attention_heads)),
-        ("llama.attention.head_count_kv", count(config.kv_heads())),
-        ("llama.attention.key_length", count(config.head_width())),
-        ("llama.attention.value_length", count(config.head_width())),
+        ("general.architecture".to_owned(), text(architecture)),
+        ("general.name".to_owned(), text(name)),
+        ("general.file_type".to_owned(), Value::U32(file_type)),
+        ("general.quantization_version".to_owned(), Value::U32(2)),
+        (of("block_count"), count(config.num_hidden_layers)),
+        (of("context_length"), count(config.max_position_embeddings)),
+        (of("embedding_length"), count(config.hidden_size)),
+        (of("feed_forward_length"), count(config.intermediate_size)),
+        (of("attention.head_count"), count(config.num_attention_heads)),
+        (of("attention.head_count_kv"), count(config.kv_heads())),
+        (of("attention.key_length"), count(config.head_width())),
+        (of("attention.value_length"), count(config.head_width())),
         (
-            "llama.attention.layer_norm_rms_epsilon",
+            of("attention.layer_norm_rms_epsilon"),
             Value::F32(config.rms_norm_eps as f32),
         ),
-        ("llama.rope.dimension_count", count(config.head_width())),
-        ("llama.rope.freq_base", Value::F32(config.rope_theta as f32)),
-        ("llama.vocab_size", count(config.vocab_size)),
+        (of("rope.dimension_count"), count(config.head_width())),
+        (of("rope.freq_base"), Value::F32(theta as f32)),
+        (of("vocab_size"), count(config.vocab_size)),
     ];
-    metadata.extend(vocabulary(&config, &tokenizer, &tokenizer_config)?);
-    let tensors = tensors(&config, &weights, precision)?;
+    let vocabulary = vocabulary(&config, &tokenizer, &tokenizer_config)?;
+    metadata.extend(vocabulary.into_iter().map(|(key, value)| (key.to_owned(), value)));
+    let tensors = tensors(&config, weights, precision)?;
 
-    let metadata: Vec<_> = metadata.iter().map(|(key, value)| (*key, value)).collect();
+    let metadata: Vec<_> = metadata
+        .iter()
+        .map(|(key, value)| (key.as_str(), value))
+        .collect();
     let tensors: Vec<_> = tensors
         .iter()
         .map(|(name, tensor)| (name.as_str(), tensor))
@@ -100,14 +124,12 @@ fn vocabulary(
 ) -> Result<Vec<(&'static str, Value)>, TrainError> {
     let refuse = |why: &str| TrainError::Unsupported(format!("tokenizer: {why}"));
     let pre = &tokenizer["pre_tokenizer"];
-    // `use_regex` absent means true; anything beside a plain byte-level rule would split otherwise than llama.cpp.
-    if tokenizer["model"]["type"] != "BPE"
-        || pre["type"] != "ByteLevel"
-        || pre["use_regex"] == Json::Bool(false)
-    {
-        return Err(refuse("not a byte-level BPE that splits by GPT-2's rule"));
-    }
-    if pre["add_prefix_space"] == Json::Bool(true) || !tokenizer["normalizer"].is_null() {
+    let rule = split_rule(pre)
+        .filter(|_| tokenizer["model"]["type"] == "BPE")
+        .ok_or_else(|| refuse("not a byte-level BPE that splits by the rule of GPT-2, Llama 3 or Qwen2"))?;
+    // Composing (NFC) changes nothing in text that is composed, as most is; llama.cpp leaves it out.
+    let composes = tokenizer["normalizer"].is_null() || tokenizer["normalizer"]["type"] == "NFC";
+    if pre["add_prefix_space"] == Json::Bool(true) || !composes {
         return Err(refuse("it changes the text before splitting it"));
     }
     let vocab = tokenizer["model"]["vocab"]
@@ -164,7 +186,7 @@ fn vocabulary(
 
     let mut metadata = vec![
         ("tokenizer.ggml.model", text("gpt2")),
-        ("tokenizer.ggml.pre", text("gpt-2")),
+        ("tokenizer.ggml.pre", text(rule)),
         (
             "tokenizer.ggml.add_bos_token",
             Value::Bool(tokenizer_config["add_bos_token"] == Json::Bool(true)),
@@ -195,6 +217,30 @@ fn vocabulary(
     Ok(metadata)
 }
 
+/// llama.cpp's name for the rule by which a tokenizer splits text; none when it knows no such rule.
+fn split_rule(pre: &Json) -> Option<&'static str> {
+    const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+    const QWEN2: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+    let plain = |step: &Json, regex: bool| {
+        // `use_regex` absent means true.
+        step["type"] == "ByteLevel" && (step["use_regex"] != Json::Bool(false)) == regex
+    };
+    if plain(pre, true) {
+        return Some("gpt-2");
+    }
+    let [split, bytes] = pre["pretokenizers"].as_array()?.as_slice() else {
+        return None;
+    };
+    if split["type"] != "Split" || split["behavior"] != "Isolated" || !plain(bytes, false) {
+        return None;
+    }
+    match split["pattern"]["Regex"].as_str()? {
+        LLAMA3 => Some("llama-bpe"),
+        QWEN2 => Some("qwen2"),
+        _ => None,
+    }
+}
+
 fn tensors(
     config: &Config,
     weights: &Weights,
@@ -205,12 +251,8 @@ fn tensors(
         let weight = weights
             .get(name)
             .ok_or_else(|| TrainError::Missing(name.clone()))?;
-        let heads = match name.rsplit('.').nth(1) {
-            Some("q_proj") => Some(config.num_attention_heads),
-            Some("k_proj") => Some(config.kv_heads()),
-            _ => None,
-        };
-        let weight = match heads {
+        let path = name.strip_suffix(".weight").unwrap_or(name);
+        let weight = match turned_heads(config, path) {
             Some(heads) => interleave(weight, heads)?,
             None => weight.clone(),
         };
@@ -224,8 +266,18 @@ fn tensors(
     Ok(tensors)
 }
 
+/// The heads of a matrix whose rows change places: Q and K of a Llama. Qwen's are turned in halves there too.
+pub(super) fn turned_heads(config: &Config, path: &str) -> Option<usize> {
+    match path.rsplit('.').next() {
+        _ if config.model_type != "llama" => None,
+        Some("q_proj") => Some(config.num_attention_heads),
+        Some("k_proj") => Some(config.kv_heads()),
+        _ => None,
+    }
+}
+
 /// Rows of each head from "first half, second half" to "pair by pair".
-fn interleave(weight: &Tensor, heads: usize) -> Result<Tensor, TrainError> {
+pub(super) fn interleave(weight: &Tensor, heads: usize) -> Result<Tensor, TrainError> {
     let (rows, columns) = weight.dims2()?;
     let pairs = weight
         .reshape((heads, 2, rows / heads / 2, columns))?
@@ -233,7 +285,7 @@ fn interleave(weight: &Tensor, heads: usize) -> Result<Tensor, TrainError> {
     Ok(pairs.contiguous()?.reshape((rows, columns))?)
 }
 
-fn gguf_name(name: &str) -> String {
+pub(super) fn gguf_name(name: &str) -> String {
     let mut name = name.to_owned();
     for (from, to) in [
         ("model.embed_tokens", "token_embd"),
@@ -242,6 +294,8 @@ fn gguf_name(name: &str) -> String {
         ("model.layers", "blk"),
         ("input_layernorm", "attn_norm"),
         ("post_attention_layernorm", "ffn_norm"),
+        ("self_attn.q_norm", "attn_q_norm"),
+        ("self_attn.k_norm", "attn_k_norm"),
         ("self_attn.q_proj", "attn_q"),
         ("self_attn.k_proj", "attn_k"),
         ("self_attn.v_proj", "attn_v"),

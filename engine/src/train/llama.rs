@@ -1,5 +1,8 @@
-//! The Llama architecture (RMSNorm, rotary positions, grouped-query attention, SwiGLU) in operations that candle can
-//! differentiate. Weights go by their Hugging Face names; whichever of them are variables will train.
+//! The Llama architecture (RMSNorm, rotary positions, grouped-query attention, SwiGLU) and its near relatives Qwen2
+//! (biases on Q, K and V) and Qwen3 (norms on the heads of Q and K), in operations that candle can differentiate, on
+//! any of its devices. Weights go by their Hugging Face names; whichever of them are variables will train.
+//!
+//! This is the reference that the faster [`super::fused`] model is held to, and what trains on a GPU.
 
 use std::collections::BTreeMap;
 
@@ -8,7 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{Batch, TrainError, Weights};
 
-/// A Llama `config.json`. Fields that do not change the arithmetic are ignored.
+/// A `config.json` of the Llama, Qwen2 or Qwen3 family. Fields that do not change the arithmetic are ignored.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Config {
     /// Width of the residual stream.
@@ -37,7 +40,7 @@ pub struct Config {
     /// Whether the output matrix is the embedding.
     #[serde(default)]
     pub tie_word_embeddings: bool,
-    /// Architecture family: `llama`.
+    /// Architecture family: `llama`, `qwen2` or `qwen3`.
     #[serde(default = "default_type")]
     pub model_type: String,
     /// Activation of the feed-forward part: `silu`.
@@ -49,9 +52,38 @@ pub struct Config {
     /// Biases in the feed-forward part: not supported.
     #[serde(default)]
     pub mlp_bias: bool,
-    /// Stretched rotary positions: not supported.
+    /// Stretched rotary positions: none, `linear` or `llama3`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub rope_scaling: Option<serde_json::Value>,
+    pub rope_scaling: Option<RopeScaling>,
+    /// The same under its newer name, with `rope_theta` inside.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rope_parameters: Option<RopeScaling>,
+    /// Attention that looks back only so far: not supported.
+    #[serde(default)]
+    pub use_sliding_window: bool,
+}
+
+/// How rotary positions are stretched beyond the length that a model was first trained for.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct RopeScaling {
+    /// `default`, `linear` or `llama3`.
+    #[serde(default, alias = "type", skip_serializing_if = "Option::is_none")]
+    pub rope_type: Option<String>,
+    /// Base of the frequencies, in newer files.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rope_theta: Option<f64>,
+    /// How far positions are stretched.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub factor: Option<f64>,
+    /// `llama3`: waves longer than the old context by this are stretched in full.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub low_freq_factor: Option<f64>,
+    /// `llama3`: waves shorter than the old context by this are left alone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub high_freq_factor: Option<f64>,
+    /// `llama3`: the context before stretching.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub original_max_position_embeddings: Option<f64>,
 }
 
 fn default_theta() -> f64 {
@@ -81,8 +113,11 @@ impl Config {
     /// Refuses what [`Llama`] would get wrong.
     pub fn check(&self) -> Result<(), TrainError> {
         let refuse = |why: String| Err(TrainError::Unsupported(why));
-        if self.model_type != "llama" {
-            return refuse(format!("model_type is {}, not llama", self.model_type));
+        if !["llama", "qwen2", "qwen3"].contains(&self.model_type.as_str()) {
+            return refuse(format!(
+                "model_type is {}, not llama, qwen2 or qwen3",
+                self.model_type
+            ));
         }
         if self.hidden_act != "silu" {
             return refuse(format!("hidden_act is {}, not silu", self.hidden_act));
@@ -90,9 +125,10 @@ impl Config {
         if self.attention_bias || self.mlp_bias {
             return refuse("it has biases".to_owned());
         }
-        if self.rope_scaling.is_some() {
-            return refuse("it scales its rotary positions".to_owned());
+        if self.use_sliding_window {
+            return refuse("its attention slides (use_sliding_window)".to_owned());
         }
+        self.frequencies()?;
         let (heads, kv_heads, width) = (self.num_attention_heads, self.kv_heads(), self.head_width());
         if kv_heads == 0 || heads == 0 || heads % kv_heads != 0 {
             return refuse(format!(
@@ -105,6 +141,63 @@ impl Config {
             ));
         }
         Ok(())
+    }
+
+    /// Whether Q, K and V have biases.
+    pub fn has_biases(&self) -> bool {
+        self.model_type == "qwen2"
+    }
+
+    /// Whether each head of Q and K is normalised.
+    pub fn has_head_norms(&self) -> bool {
+        self.model_type == "qwen3"
+    }
+
+    /// The angle by which each pair of a head turns from one position to the next, in radians; half a head's width of
+    /// them. Stretched as `transformers` does it.
+    pub fn frequencies(&self) -> Result<Vec<f64>, TrainError> {
+        let refuse = |why: String| Err(TrainError::Unsupported(why));
+        let scaling = self.rope_parameters.as_ref().or(self.rope_scaling.as_ref());
+        let theta = scaling.and_then(|s| s.rope_theta).unwrap_or(self.rope_theta);
+        let width = self.head_width();
+        let plain = (0..width / 2).map(|pair| theta.powf(-2.0 * pair as f64 / width as f64));
+        let Some(scaling) = scaling else {
+            return Ok(plain.collect());
+        };
+        let need = |name: &str, value: Option<f64>| match value {
+            Some(value) if value > 0.0 => Ok(value),
+            _ => Err(TrainError::Unsupported(format!(
+                "its rotary scaling has no {name} above zero"
+            ))),
+        };
+        match scaling.rope_type.as_deref().unwrap_or("default") {
+            "default" => Ok(plain.collect()),
+            "linear" => {
+                let factor = need("factor", scaling.factor)?;
+                Ok(plain.map(|frequency| frequency / factor).collect())
+            }
+            "llama3" => {
+                let factor = need("factor", scaling.factor)?;
+                let low = need("low_freq_factor", scaling.low_freq_factor)?;
+                let high = need("high_freq_factor", scaling.high_freq_factor)?;
+                let old = need(
+                    "original_max_position_embeddings",
+                    scaling.original_max_position_embeddings,
+                )?;
+                if high <= low {
+                    return refuse(
+                        "its rotary scaling has high_freq_factor below low_freq_factor".to_owned(),
+                    );
+                }
+                let stretch = |frequency: f64| {
+                    let turns = old * frequency / std::f64::consts::TAU;
+                    let kept = ((turns - low) / (high - low)).clamp(0.0, 1.0);
+                    (1.0 - kept) * frequency / factor + kept * frequency
+                };
+                Ok(plain.map(stretch).collect())
+            }
+            other => refuse(format!("its rotary positions are scaled by {other}")),
+        }
     }
 
     /// Every tensor of the checkpoint and its shape, matrices as `[out, in]`.
@@ -136,6 +229,16 @@ impl Config {
             ] {
                 shapes.insert(format!("model.layers.{layer}.{name}.weight"), shape);
             }
+            let at = |name: &str| format!("model.layers.{layer}.self_attn.{name}");
+            if self.has_biases() {
+                shapes.insert(at("q_proj.bias"), vec![query]);
+                shapes.insert(at("k_proj.bias"), vec![key]);
+                shapes.insert(at("v_proj.bias"), vec![key]);
+            }
+            if self.has_head_norms() {
+                shapes.insert(at("q_norm.weight"), vec![self.head_width()]);
+                shapes.insert(at("k_norm.weight"), vec![self.head_width()]);
+            }
         }
         shapes
     }
@@ -154,6 +257,7 @@ pub struct LowRank {
 
 struct Linear {
     weight: Tensor,
+    bias: Option<Tensor>,
     adapter: Option<LowRank>,
 }
 
@@ -161,6 +265,10 @@ impl Linear {
     /// `[n, in]` to `[n, out]`.
     fn forward(&self, x: &Tensor) -> Result<Tensor, TrainError> {
         let y = x.matmul(&self.weight.t()?)?;
+        let y = match &self.bias {
+            None => y,
+            Some(bias) => y.broadcast_add(bias)?,
+        };
         Ok(match &self.adapter {
             None => y,
             Some(LowRank { a, b, scale }) => (y + (x.matmul(&a.t()?)?.matmul(&b.t()?)? * *scale)?)?,
@@ -171,10 +279,16 @@ impl Linear {
 struct Layer {
     attention_norm: Tensor,
     mlp_norm: Tensor,
+    /// Norms of the heads of Q and K.
+    head_norms: Option<(Tensor, Tensor)>,
     linears: BTreeMap<&'static str, Linear>,
 }
 
-const MODULES: [&str; 7] = [
+/// Longest sequence that is trained on, whatever the model could read.
+pub const POSITIONS_MAX: usize = 32_768;
+
+/// The matrices of a layer that an adapter can be put on.
+pub const MODULES: [&str; 7] = [
     "self_attn.q_proj",
     "self_attn.k_proj",
     "self_attn.v_proj",
@@ -235,18 +349,26 @@ impl Llama {
             let at = |name: &str| find(format!("model.layers.{index}.{name}.weight"));
             let mut linears = BTreeMap::new();
             for module in MODULES {
+                let bias = format!("model.layers.{index}.{module}.bias");
+                let bias = shapes.contains_key(&bias).then(|| find(bias)).transpose()?;
                 linears.insert(
                     module,
                     Linear {
                         weight: at(module)?,
+                        bias,
                         adapter: None,
                     },
                 );
             }
+            let head_norms = config
+                .has_head_norms()
+                .then(|| Ok::<_, TrainError>((at("self_attn.q_norm")?, at("self_attn.k_norm")?)))
+                .transpose()?;
             let (attention_norm, mlp_norm) = (at("input_layernorm")?, at("post_attention_layernorm")?);
             layers.push(Layer {
                 attention_norm,
                 mlp_norm,
+                head_norms,
                 linears,
             });
         }
@@ -298,8 +420,8 @@ impl Llama {
     /// Tokens, u32 `[examples, length]`, to normalised states `[examples · length, hidden_size]`.
     pub fn states(&self, ids: &Tensor) -> Result<Tensor, TrainError> {
         let (examples, length) = ids.dims2()?;
-        if length > self.config.max_position_embeddings {
-            let limit = self.config.max_position_embeddings;
+        let limit = self.config.max_position_embeddings.min(POSITIONS_MAX);
+        if length > limit {
             return Err(TrainError::Unsupported(format!(
                 "{length} tokens in a row; its context holds {limit}"
             )));
@@ -383,15 +505,20 @@ impl Llama {
             self.config.kv_heads(),
             self.config.head_width(),
         );
-        let split = |module: &str, heads: usize| -> Result<Tensor, TrainError> {
-            let y = layer
+        let split = |module: &str, heads: usize, norm: Option<&Tensor>| -> Result<Tensor, TrainError> {
+            let mut y = layer
                 .linear(module, x)?
                 .reshape((examples, length, heads, width))?;
+            if let Some(norm) = norm {
+                y = self.rms_norm(&y, norm)?;
+            }
             Ok(y.transpose(1, 2)?.contiguous()?)
         };
-        let query = turn(&split("self_attn.q_proj", heads)?, cos, sin)?;
-        let key = turn(&split("self_attn.k_proj", kv_heads)?, cos, sin)?;
-        let value = split("self_attn.v_proj", kv_heads)?;
+        let norms = layer.head_norms.as_ref();
+        let query = split("self_attn.q_proj", heads, norms.map(|(query, _)| query))?;
+        let key = split("self_attn.k_proj", kv_heads, norms.map(|(_, key)| key))?;
+        let (query, key) = (turn(&query, cos, sin)?, turn(&key, cos, sin)?);
+        let value = split("self_attn.v_proj", kv_heads, None)?;
         // Query heads that share a key head lie side by side: stack them as more rows instead of copying keys.
         let rows = heads / kv_heads * length;
         let query = (query.reshape((examples, kv_heads, rows, width))? * (1.0 / (width as f64).sqrt()))?;
@@ -423,13 +550,15 @@ fn turn(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor, TrainError> {
 }
 
 fn rotary(config: &Config, device: &Device) -> Result<(Tensor, Tensor), TrainError> {
-    let (width, positions) = (config.head_width(), config.max_position_embeddings);
+    let (width, positions) = (
+        config.head_width(),
+        config.max_position_embeddings.min(POSITIONS_MAX),
+    );
+    let frequencies = config.frequencies()?;
     let mut angles = Vec::with_capacity(positions * width);
     for position in 0..positions {
         for column in 0..width {
-            let pair = (column % (width / 2)) as f64;
-            let frequency = config.rope_theta.powf(-2.0 * pair / width as f64);
-            angles.push((position as f64 * frequency) as f32);
+            angles.push((position as f64 * frequencies[column % (width / 2)]) as f32);
         }
     }
     let angles = Tensor::from_vec(angles, (positions, width), device)?;

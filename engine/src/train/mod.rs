@@ -1,27 +1,49 @@
-//! Training of small and middling Llama models on candle, in forms whose gradients arrive.
+//! Training: low-rank adapters for models of the Llama, Qwen2 and Qwen3 families, and whole small models.
 //!
-//! Here: a differentiable Llama ([`Llama`]), low-rank adapters on it ([`LowRank`]), an optimiser whose state can be
-//! checkpointed ([`AdamW`]), a seeded generator ([`Rng`]), chat examples ([`ChatFormat`], [`Batch`]), and reading and
-//! writing of weights under their Hugging Face names or as GGUF ([`gguf::export`]).
+//! A fine-tuning run is a [`Trainer`]: [`Settings`] and [`Data`] go in, steps are taken, [`Checkpoint`]s come out, and
+//! any of them goes on elsewhere as if nothing had happened. It computes with [`fused::Fused`], whose gradients are
+//! worked out by hand, over a frozen [`BaseModel`] and an [`Adapter`].
+//!
+//! Beside it stands the same model on candle ([`Llama`], [`LowRank`], [`AdamW`]), which trains whole models, makes the
+//! shipped one, and is what the fused model's gradients are compared with. [`gguf`] writes files for llama.cpp.
 //! Not here: jobs, sandboxes, progress reports (the worker's own rooms). Inference belongs to llama.cpp.
 //!
 //! candle's fused `rms_norm`, `layer_norm`, `softmax_last_dim` and `rope` have no backward pass and say nothing about
 //! it. This module uses none of them, and its tests hold every trainable weight to a gradient.
 
+pub mod adapter;
+pub mod base;
 mod chat;
+pub mod checkpoint;
+pub mod data;
+pub mod fused;
 pub mod gguf;
 mod llama;
 mod optim;
+pub mod results;
 mod rng;
+pub mod schedule;
+pub mod settings;
+pub mod trainer;
 mod weights;
 
 #[cfg(test)]
+mod data_tests;
+#[cfg(test)]
+mod run_tests;
+#[cfg(test)]
 mod tests;
 
+pub use adapter::Adapter;
+pub use base::BaseModel;
 pub use chat::{Batch, ChatFormat, Example};
-pub use llama::{Config, Llama, LowRank};
-pub use optim::{AdamW, AdamWSettings, cosine_rate};
+pub use checkpoint::Checkpoint;
+pub use data::Data;
+pub use llama::{Config, Llama, LowRank, MODULES, POSITIONS_MAX, RopeScaling};
+pub use optim::{AdamW, AdamWSettings, Moments, cosine_rate};
 pub use rng::Rng;
+pub use settings::Settings;
+pub use trainer::Trainer;
 pub use weights::{Weights, initial, load, save, trainable};
 
 /// What can go wrong while training or converting a model.
@@ -54,6 +76,41 @@ pub enum TrainError {
         found: Vec<usize>,
         /// The shape it should have.
         expected: Vec<usize>,
+    },
+    /// A file of a model or of data is not what it should be.
+    #[error("{}: {why}", path.display())]
+    File {
+        /// Which.
+        path: std::path::PathBuf,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// Lines of the data are at fault.
+    #[error("{}: {}", path.display(), faults.join("; "))]
+    Data {
+        /// Which file.
+        path: std::path::PathBuf,
+        /// Each begins with its line.
+        faults: Vec<String>,
+    },
+    /// A setting is unknown or makes no sense.
+    #[error("{name} {why}")]
+    Setting {
+        /// Which.
+        name: String,
+        /// Why not.
+        why: String,
+    },
+    /// A checkpoint cannot be gone on from.
+    #[error("the checkpoint {0}")]
+    Checkpoint(String),
+    /// Training went wrong: nothing after the last checkpoint is worth keeping.
+    #[error("training went wrong at step {step}: {what}; lower learning_rate or look at the data")]
+    Diverged {
+        /// The step, counted from 1.
+        step: usize,
+        /// How it showed.
+        what: String,
     },
     /// A weight that should train got no gradient: some operation on its way cut it off.
     #[error("trainable weight {0} received no gradient")]

@@ -195,6 +195,71 @@ impl AdamW {
     }
 }
 
+/// AdamW over one row of numbers, for weights that are not candle's.
+#[derive(Debug, Clone)]
+pub struct Moments {
+    settings: AdamWSettings,
+    steps: usize,
+    mean: Vec<f32>,
+    square: Vec<f32>,
+}
+
+impl Moments {
+    /// Starts with both means at zero.
+    pub fn new(count: usize, settings: AdamWSettings) -> Self {
+        let (mean, square) = (vec![0.0; count], vec![0.0; count]);
+        Self {
+            settings,
+            steps: 0,
+            mean,
+            square,
+        }
+    }
+
+    /// The mean of gradients, and of their squares.
+    pub fn parts(&self) -> (&[f32], &[f32]) {
+        (&self.mean, &self.square)
+    }
+
+    /// Takes up stored moments after so many steps.
+    pub fn restore(&mut self, mean: Vec<f32>, square: Vec<f32>, steps: usize) {
+        (self.mean, self.square, self.steps) = (mean, square, steps);
+    }
+
+    /// One update. Returns the gradient's length before clipping; `None`, and nothing has changed, when it is not finite.
+    pub fn step(&mut self, values: &mut [f32], grads: &[f32], rate: f64) -> Option<f64> {
+        let norm = grads
+            .iter()
+            .map(|grad| f64::from(*grad).powi(2))
+            .sum::<f64>()
+            .sqrt();
+        if !norm.is_finite() {
+            return None;
+        }
+        let AdamWSettings {
+            beta1,
+            beta2,
+            epsilon,
+            weight_decay,
+            clip,
+        } = self.settings;
+        self.steps += 1;
+        let scale = (if norm > clip { clip / norm } else { 1.0 }) as f32;
+        let pace = (rate / (1.0 - beta1.powf(self.steps as f64))) as f32;
+        let unbias = (1.0 / (1.0 - beta2.powf(self.steps as f64))) as f32;
+        let kept = (1.0 - rate * weight_decay) as f32;
+        let (beta1, beta2, epsilon) = (beta1 as f32, beta2 as f32, epsilon as f32);
+        let moments = self.mean.iter_mut().zip(&mut self.square);
+        for ((value, grad), (mean, square)) in values.iter_mut().zip(grads).zip(moments) {
+            let grad = grad * scale;
+            *mean = beta1 * *mean + (1.0 - beta1) * grad;
+            *square = beta2 * *square + (1.0 - beta2) * grad * grad;
+            *value = kept * *value - pace * *mean / ((*square * unbias).sqrt() + epsilon);
+        }
+        Some(norm)
+    }
+}
+
 /// Rises in a line to `peak` over `warmup` steps, then falls along half a cosine to a twentieth of it at `total`.
 pub fn cosine_rate(step: u32, warmup: u32, total: u32, peak: f64) -> f64 {
     if step < warmup {

@@ -229,8 +229,13 @@ fn what_the_model_cannot_do_is_refused() {
         ("attention_bias", serde_json::json!(true), "biases"),
         (
             "rope_scaling",
-            serde_json::json!({"rope_type": "llama3"}),
-            "rotary",
+            serde_json::json!({"rope_type": "yarn", "factor": 4.0}),
+            "scaled by yarn",
+        ),
+        (
+            "rope_scaling",
+            serde_json::json!({"rope_type": "llama3", "factor": 8.0}),
+            "low_freq_factor",
         ),
         ("num_key_value_heads", serde_json::json!(3), "do not share 3"),
         ("head_dim", serde_json::json!(7), "7 wide"),

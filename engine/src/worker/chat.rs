@@ -13,14 +13,14 @@ const FUEL: u64 = 2_000_000;
 const NAME: &str = "chat";
 
 /// A model's chat template, compiled.
-pub(super) struct ChatTemplate {
+pub(crate) struct ChatTemplate {
     environment: Environment<'static>,
     bos: String,
     eos: String,
 }
 
 impl ChatTemplate {
-    pub(super) fn new(source: String, bos: String, eos: String) -> Result<Self, Error> {
+    pub(crate) fn new(source: String, bos: String, eos: String) -> Result<Self, Error> {
         let mut environment = Environment::new();
         environment.set_fuel(Some(FUEL));
         // As the tools that templates are written with do it.
@@ -41,14 +41,22 @@ impl ChatTemplate {
     /// The text a model continues with its answer to `messages`.
     pub(super) fn render(&self, messages: &[Message], tools: &[Json]) -> Result<String, EngineError> {
         // Templates ask whether there are tools, and an empty list would count as some.
-        let tools = (!tools.is_empty()).then_some(tools);
+        self.write(messages, (!tools.is_empty()).then_some(tools), true)
+    }
+
+    /// `messages` as they stand, and where `open` what the assistant's next turn begins with.
+    pub(crate) fn render_turns(&self, messages: &[Message], open: bool) -> Result<String, EngineError> {
+        self.write(messages, None, open)
+    }
+
+    fn write(&self, messages: &[Message], tools: Option<&[Json]>, open: bool) -> Result<String, EngineError> {
         self.environment
             .get_template(NAME)
             .and_then(|template| {
                 template.render(context! {
                     messages,
                     tools,
-                    add_generation_prompt => true,
+                    add_generation_prompt => open,
                     bos_token => self.bos,
                     eos_token => self.eos,
                 })

@@ -27,7 +27,7 @@ impl fmt::Display for IsolationCheck {
 /// with `model` in the place of the model. To be called before any other thread exists.
 pub fn check_isolation(model: &Path) -> IsolationCheck {
     let scratch = std::env::temp_dir().join(format!("karez-isolation-{}", std::process::id()));
-    let isolation = sandbox::close(Some(model), None, None);
+    let isolation = sandbox::close(Some(model), None, None, None);
     let parent = rustix::process::getppid();
     let attempts = vec![
         ("read its model", std::fs::File::open(model).is_ok()),

@@ -4,7 +4,7 @@
 //! itself and only then lets an engine open the file. While the first thread computes, a second listens for requests and
 //! cancels and a third writes replies; the process ends when its input closes, whatever it is doing.
 mod bert;
-mod chat;
+pub(crate) mod chat;
 mod check;
 mod encoder;
 mod llama;
@@ -12,6 +12,7 @@ mod meter;
 mod noop;
 mod post;
 mod sandbox;
+mod train;
 
 use std::fs::File;
 use std::io::BufReader;
@@ -23,7 +24,8 @@ use crate::error::EngineError;
 use crate::inspect::{Format, ModelFile, inspect};
 use crate::probe;
 use crate::protocol::{
-    self, Isolation, Load, LoadKind, Meters, ModelFacts, Output, Reply, Request, RunId, SEQUENCES_MAX, Work,
+    self, Isolation, Load, LoadKind, Meters, ModelFacts, Output, Piece, Reply, Request, RunId, SEQUENCES_MAX,
+    Work,
 };
 pub use check::{IsolationCheck, check_isolation};
 use meter::Meter;
@@ -47,6 +49,7 @@ trait Engine {
 
 /// What an engine sees of the world during a run.
 struct Desk<'a> {
+    id: RunId,
     cancelled: &'a AtomicBool,
     outlet: &'a Outlet,
     tokens_in: u64,
@@ -60,6 +63,15 @@ impl Desk<'_> {
         } else {
             Ok(())
         }
+    }
+
+    /// Says how far the run is.
+    fn progress(&self, text: String) {
+        let piece = Piece {
+            text,
+            ..Piece::default()
+        };
+        self.outlet.say(Reply::Token { id: self.id, piece });
     }
 
     /// Tells the node that work goes on.
@@ -140,11 +152,12 @@ fn open(load: &Load) -> Result<(Machine, Isolation), EngineError> {
     let threads = load.threads.unwrap_or_else(probe::cores).max(1);
     let checked = match load.kind {
         LoadKind::Noop => None,
+        LoadKind::Train => return open_trainer(load, threads),
         kind => Some(check(load, kind)?),
     };
     prepare_environment(threads);
     let readable = checked.as_ref().map(|_| load.model.as_path());
-    let isolation = sandbox::close(readable, load.adapters.as_deref(), load.memory_limit);
+    let isolation = sandbox::close(readable, load.adapters.as_deref(), None, load.memory_limit);
     let single = |engine: Box<dyn Engine>| Machine::Single(engine);
     let machine = match (load.kind, checked) {
         (LoadKind::Generate, Some(file)) => Machine::Batching(Box::new(llama::load(load, &file, threads)?)),
@@ -155,6 +168,19 @@ fn open(load: &Load) -> Result<(Machine, Isolation), EngineError> {
         _ => single(Box::new(noop::Noop)),
     };
     Ok((machine, isolation))
+}
+
+/// The same for a trainer, which reads its model anew for every run that needs it.
+fn open_trainer(load: &Load, threads: u16) -> Result<(Machine, Isolation), EngineError> {
+    let Some(scratch) = &load.scratch else {
+        return Err(EngineError::protocol(
+            "a training worker needs a directory to write to",
+        ));
+    };
+    let trainer = train::Training::open(load, scratch, threads)?;
+    prepare_environment(threads);
+    let isolation = sandbox::close(Some(&load.model), None, Some(scratch), load.memory_limit);
+    Ok((Machine::Single(Box::new(trainer)), isolation))
 }
 
 fn check(load: &Load, kind: LoadKind) -> Result<ModelFile, EngineError> {
@@ -231,6 +257,7 @@ fn listen(mut input: BufReader<std::io::Stdin>, inbox: &Inbox, outlet: &Outlet) 
 fn perform(engine: &mut dyn Engine, id: RunId, work: Work, cancelled: &AtomicBool, outlet: &Outlet) {
     let meter = Meter::start();
     let mut desk = Desk {
+        id,
         cancelled,
         outlet,
         tokens_in: 0,

@@ -13,9 +13,14 @@ use crate::unit::Bytes;
 const MEMORY_SLACK: u64 = 512 << 20;
 
 /// Closes the sandbox around this thread and all it will start. `model` stays readable, and so do the files that are or
-/// will be in `adapters`.
+/// will be in `adapters`. Those in `scratch` may be written too.
 #[cfg(target_os = "linux")]
-pub(super) fn close(model: Option<&Path>, adapters: Option<&Path>, memory_limit: Option<Bytes>) -> Isolation {
+pub(super) fn close(
+    model: Option<&Path>,
+    adapters: Option<&Path>,
+    scratch: Option<&Path>,
+    memory_limit: Option<Bytes>,
+) -> Isolation {
     use rustix::process::{DumpableBehavior, Resource, Rlimit, set_dumpable_behavior, setrlimit};
     let warn =
         |what: &str, error: &dyn std::fmt::Display| eprintln!("sandbox: {what} is not in force: {error}");
@@ -47,7 +52,7 @@ pub(super) fn close(model: Option<&Path>, adapters: Option<&Path>, memory_limit:
         warn("no new privileges", &error);
         return Isolation::None;
     }
-    let landlock = match landlock(model.into_iter().chain(adapters)) {
+    let landlock = match landlock(model.into_iter().chain(adapters), scratch) {
         Ok(()) => true,
         Err(error) => {
             warn("Landlock", &error);
@@ -66,12 +71,12 @@ pub(super) fn close(model: Option<&Path>, adapters: Option<&Path>, memory_limit:
 
 /// There is no sandbox on this system.
 #[cfg(not(target_os = "linux"))]
-pub(super) fn close(_: Option<&Path>, _: Option<&Path>, _: Option<Bytes>) -> Isolation {
+pub(super) fn close(_: Option<&Path>, _: Option<&Path>, _: Option<&Path>, _: Option<Bytes>) -> Isolation {
     Isolation::None
 }
 
 #[cfg(target_os = "linux")]
-fn landlock<'a>(readable: impl Iterator<Item = &'a Path>) -> Result<(), String> {
+fn landlock<'a>(readable: impl Iterator<Item = &'a Path>, scratch: Option<&Path>) -> Result<(), String> {
     use landlock::{
         ABI, Access, AccessFs, AccessNet, PathBeneath, PathFd, Ruleset, RulesetAttr, RulesetCreatedAttr,
         RulesetStatus, Scope,
@@ -100,6 +105,17 @@ fn landlock<'a>(readable: impl Iterator<Item = &'a Path>) -> Result<(), String> 
         } else {
             AccessFs::ReadFile.into()
         };
+        rules = rules
+            .add_rule(PathBeneath::new(open, access))
+            .map_err(|error| text(&error))?;
+    }
+    if let Some(scratch) = scratch {
+        let open = PathFd::new(scratch).map_err(|error| text(&error))?;
+        let access = AccessFs::ReadFile
+            | AccessFs::ReadDir
+            | AccessFs::WriteFile
+            | AccessFs::MakeReg
+            | AccessFs::Truncate;
         rules = rules
             .add_rule(PathBeneath::new(open, access))
             .map_err(|error| text(&error))?;

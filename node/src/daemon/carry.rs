@@ -162,8 +162,9 @@ impl Daemon {
                 items,
                 device_class,
                 devices,
+                from,
             } => {
-                self.start_lease(key, order, first_item, items, &device_class, devices);
+                self.start_lease(key, order, first_item, items, &device_class, devices, from);
             }
             Effect::Stop { key, grace } => {
                 if let Some(guest) = self.guests.get(&key) {
@@ -215,6 +216,7 @@ impl Daemon {
         }
     }
 
+    #[expect(clippy::too_many_arguments, reason = "the fields of one effect")]
     fn start_lease(
         &mut self,
         key: LeaseKey,
@@ -223,6 +225,7 @@ impl Daemon {
         items: u64,
         device_class: &str,
         devices: u32,
+        from: Option<ArtifactRef>,
     ) {
         if let Some(model) = order.work.model()
             && self.tools.artifacts.is_model(model)
@@ -251,6 +254,7 @@ impl Daemon {
             order,
             first_item,
             items,
+            from,
             threads: u16::try_from(share).unwrap_or(u16::MAX).min(self.found.threads),
             memory: Bytes(memory.0.saturating_mul(devices.into())),
             gpus: gpus.clone(),

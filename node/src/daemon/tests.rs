@@ -313,6 +313,7 @@ impl World {
             device_ms_max: DeviceMillis(3_600_000),
             ttl: Millis(60_000),
             holders: vec![],
+            from: None,
         };
         self.say(ToNode::Ask(Box::new(ask))).await;
         key

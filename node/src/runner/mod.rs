@@ -8,6 +8,7 @@
 //! the item had one. Not here: deciding what to run (the agent), and getting the artifacts here first.
 mod input;
 mod output;
+mod train;
 mod warm;
 mod wishes;
 
@@ -62,6 +63,8 @@ pub(crate) struct Job {
     pub(crate) threads: u16,
     /// Memory the model may use.
     pub(crate) memory: Bytes,
+    /// The state to go on from.
+    pub(crate) from: Option<ArtifactRef>,
     /// The GPUs it has to itself; none on a CPU.
     pub(crate) gpus: Vec<String>,
     /// Tokens of context the owner allows.
@@ -98,6 +101,8 @@ enum Failure {
     Fell(String),
     /// It was told to stop.
     Stopped,
+    /// The same, and this is what it left for the next attempt.
+    Left(Pin),
 }
 
 impl From<EngineError> for Failure {
@@ -125,11 +130,13 @@ pub(crate) async fn run(job: Job, tools: &Tools, stopped: Stopped, tell: Tell) -
         job,
     };
     let done = match lease.job.order.work.clone() {
-        Work::Noop { millis_per_item } => lease.noop(millis_per_item).await,
-        _ => lease.with_worker(tools).await,
+        Work::Noop { millis_per_item } => lease.noop(millis_per_item).await.map(|()| None),
+        Work::Train(train) => lease.train(&train, tools).await.map(Some),
+        _ => lease.with_worker(tools).await.map(|()| None),
     };
     let done = match done {
-        Ok(()) => lease.finish(tools).await,
+        Ok(Some(pin)) => Ok(pin),
+        Ok(None) => lease.finish(tools).await,
         Err(failure) => Err(failure),
     };
     let meters = lease.meters;
@@ -144,6 +151,7 @@ pub(crate) async fn run(job: Job, tools: &Tools, stopped: Stopped, tell: Tell) -
         ),
         Err(Failure::Node(why) | Failure::Fell(why)) => (Exit::Failed { why, retryable: true }, None),
         Err(Failure::Stopped) => (Exit::Stopped, None),
+        Err(Failure::Left(pin)) => (Exit::Left(pin.artifact()), Some(pin)),
     };
     Ended { exit, meters, pin }
 }
@@ -370,6 +378,7 @@ impl Running {
         };
         let kind = match job.order.work {
             Work::Embed { .. } => LoadKind::Embed,
+            Work::Train(_) => LoadKind::Train,
             _ => LoadKind::Generate,
         };
         let key = ModelKey {
@@ -417,6 +426,9 @@ impl Running {
             .model(&model, &tools.scratch)
             .await
             .map_err(Failure::Node)?;
+        if kind == LoadKind::Train {
+            return self.trainer(tools, key, files).await;
+        }
         let inspected = files.path.clone();
         let file = tokio::task::spawn_blocking(move || karez_engine::inspect::inspect(&inspected))
             .await

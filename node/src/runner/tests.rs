@@ -67,6 +67,7 @@ fn job(bench: &Bench, work: Work, input: &[u8], first_item: u64, items: u64) -> 
         order,
         first_item,
         items,
+        from: None,
         threads: 1,
         memory: Bytes(1 << 30),
         gpus: Vec::new(),

@@ -33,6 +33,16 @@ pub(super) struct ModelKey {
     pub(super) gpus: Vec<String>,
 }
 
+impl ModelKey {
+    /// Leases that may share such a worker: a run of training has it to itself.
+    fn shared_max(&self) -> usize {
+        match self.kind {
+            LoadKind::Train => 1,
+            _ => SHARED_MAX,
+        }
+    }
+}
+
 /// How the owner wants models kept.
 #[derive(Debug, Clone)]
 pub(crate) struct WarmPolicy {
@@ -140,7 +150,7 @@ impl Lent {
         self.held.sequences.into()
     }
 
-    /// The directory of the adapters it may read.
+    /// The directory of the adapters it may read; a trainer's own, where it may write.
     pub(super) fn adapters(&self) -> &Path {
         &self.held.adapters.0
     }
@@ -211,7 +221,7 @@ impl Warm {
         let dead = state.take(|entry| entry.held.worker.ended().is_some());
         state.clock += 1;
         let now = state.clock;
-        let fits = |entry: &&mut Entry| entry.held.key == *key && entry.leases < SHARED_MAX;
+        let fits = |entry: &&mut Entry| entry.held.key == *key && entry.leases < key.shared_max();
         let found = state.workers.iter_mut().find(fits).map(|entry| {
             entry.leases += 1;
             entry.used = now;

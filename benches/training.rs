@@ -1,0 +1,225 @@
+//! What machines that go away cost a training run, with the real binary on loopback: from `kill -9` to the first step
+//! on another node, and the time of a run whose machine is reclaimed five times beside an undisturbed one's.
+//!
+//! `cargo bench --bench training -- FILE` writes JSON to FILE and prints a table. Takes about two minutes.
+use serde_json::{Value, json};
+use std::{
+    error::Error,
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+    thread,
+    time::{Duration, Instant},
+};
+
+type Result<T> = std::result::Result<T, Box<dyn Error>>;
+
+/// Reclaims of one run.
+const EVICTIONS: usize = 5;
+/// How long a test may take to get anywhere.
+const PATIENCE: Duration = Duration::from_secs(300);
+
+struct Net {
+    home: PathBuf,
+    dir: tempfile::TempDir,
+}
+
+fn main() -> Result<()> {
+    let file = std::env::args().skip(1).find(|a| !a.starts_with('-'));
+    let dir = tempfile::tempdir()?;
+    let net = Net {
+        home: dir.path().join("home"),
+        dir,
+    };
+    net.karez(&["up"])?;
+    let measured = measure(&net);
+    net.karez(&["down"])?;
+    let measured = measured?;
+    if let Some(file) = file {
+        fs::write(file, serde_json::to_vec_pretty(&measured)?)?;
+    }
+    println!("{}", serde_json::to_string_pretty(&measured)?);
+    Ok(())
+}
+
+fn measure(net: &Net) -> Result<Value> {
+    let data = net.dir.path().join("data.jsonl");
+    let lines: Vec<String> = (0..400)
+        .map(|n| {
+            json!({"prompt": format!("Swali {n}?"), "completion": "Maji ni uhai. ".repeat(12)}).to_string()
+                + "\n"
+        })
+        .collect();
+    fs::write(&data, lines.concat())?;
+    // Undisturbed, from the first step to the end.
+    let id = net.train(&data, 20)?;
+    let begun = net.steps(&id, 1)?;
+    net.ended(&id)?;
+    let quiet = begun.elapsed().as_secs_f64();
+
+    // Reclaimed every fifth of its length; what ran goes on elsewhere, and the owner lends again a moment later.
+    let id = net.train(&data, 20)?;
+    let begun = net.steps(&id, 1)?;
+    let mut evictions = 0;
+    for _ in 0..EVICTIONS {
+        thread::sleep(Duration::from_secs_f64(quiet / (EVICTIONS + 1) as f64));
+        let Some(node) = net.node_at_work(&id)? else {
+            continue;
+        };
+        let folder = net.home.join("up").join(&node);
+        let folder = folder.to_string_lossy();
+        net.karez(&["node", "reclaim", "--dir", &folder])?;
+        evictions += 1;
+        thread::sleep(Duration::from_millis(500));
+        net.karez(&["node", "open", "--dir", &folder])?;
+    }
+    net.ended(&id)?;
+    let evicted = begun.elapsed().as_secs_f64();
+
+    // Killed in the middle.
+    let id = net.train(&data, 20)?;
+    net.steps(&id, 8)?;
+    let victim = net.node_at_work(&id)?.ok_or("nobody is at work")?;
+    let pid = net.pid(&victim)?;
+    let killed = Instant::now();
+    rustix::process::kill_process(pid, rustix::process::Signal::KILL)?;
+    let noticed = net.until(
+        |job| {
+            let part = at_work(job).or_else(|| waiting(job))?;
+            (part["institution"] != victim.as_str() || part["state"] == "queued").then(|| killed.elapsed())
+        },
+        &id,
+    )?;
+    let again = net.until(
+        |job| {
+            let part = at_work(job)?;
+            (part["institution"] != victim.as_str() && part["items_done"].as_u64()? > 0)
+                .then(|| killed.elapsed())
+        },
+        &id,
+    )?;
+    net.ended(&id)?;
+    Ok(json!({
+        "undisturbed_s": quiet,
+        "evictions": evictions,
+        "evicted_s": evicted,
+        "goodput": quiet / evicted,
+        "kill_to_noticed_s": noticed.as_secs_f64(),
+        "kill_to_first_step_elsewhere_s": again.as_secs_f64(),
+        "beyond_detection_s": (again - noticed).as_secs_f64(),
+        "aims": {"goodput": 0.95, "beyond_detection_s": 10},
+        "cores": thread::available_parallelism()?.get(),
+        "load": fs::read_to_string("/proc/loadavg").unwrap_or_default().trim(),
+    }))
+}
+
+fn at_work(job: &Value) -> Option<&Value> {
+    job["parts"]
+        .as_array()?
+        .iter()
+        .find(|part| part["state"] == "running")
+}
+
+fn waiting(job: &Value) -> Option<&Value> {
+    let open = |part: &&Value| part["state"] != "done";
+    job["parts"].as_array()?.iter().find(open)
+}
+
+impl Net {
+    fn karez(&self, args: &[&str]) -> Result<String> {
+        let output = Command::new(env!("CARGO_BIN_EXE_karez"))
+            .args(args)
+            .env("KAREZ_HOME", &self.home)
+            .output()?;
+        if !output.status.success() {
+            return Err(format!("karez {args:?}: {}", String::from_utf8_lossy(&output.stderr)).into());
+        }
+        Ok(String::from_utf8(output.stdout)?)
+    }
+
+    fn train(&self, data: &Path, every: usize) -> Result<String> {
+        let base = Path::new(env!("CARGO_MANIFEST_DIR")).join("engine/models/karez-tiny");
+        let every = format!("save_steps={every}");
+        let (base, data) = (base.to_string_lossy(), data.to_string_lossy());
+        let args = [
+            "finetune",
+            "--base",
+            &base,
+            "--data",
+            &data,
+            "--lang",
+            "sw",
+            "--set",
+            "max_steps=240",
+            "--set",
+            "sequence_len=256",
+            "--set",
+            &every,
+            "--attempts",
+            "20",
+            "--max-cost",
+            "5",
+            "--detach",
+            "--json",
+        ];
+        let answer: Value = serde_json::from_str(&self.karez(&args)?)?;
+        Ok(answer["job"].as_str().ok_or("no job")?.to_owned())
+    }
+
+    fn job(&self, id: &str) -> Result<Value> {
+        Ok(serde_json::from_str(
+            &self.karez(&["job", "show", id, "--json"])?,
+        )?)
+    }
+
+    fn until<T>(&self, mut ask: impl FnMut(&Value) -> Option<T>, id: &str) -> Result<T> {
+        let began = Instant::now();
+        while began.elapsed() < PATIENCE {
+            if let Some(answer) = ask(&self.job(id)?) {
+                return Ok(answer);
+            }
+            thread::sleep(Duration::from_millis(50));
+        }
+        Err(format!("nothing happened for {PATIENCE:?}").into())
+    }
+
+    /// The moment at which so many steps were seen to be done.
+    fn steps(&self, id: &str, steps: u64) -> Result<Instant> {
+        self.until(
+            |job| (job["items_done"].as_u64()? >= steps).then(Instant::now),
+            id,
+        )
+    }
+
+    fn ended(&self, id: &str) -> Result<()> {
+        let state = self.until(
+            |job| {
+                let state = job["state"].as_str()?;
+                ["done", "failed", "cancelled"]
+                    .contains(&state)
+                    .then(|| format!("{state}: {}", job["cause"]))
+            },
+            id,
+        )?;
+        if state.starts_with("done") {
+            Ok(())
+        } else {
+            Err(state.into())
+        }
+    }
+
+    fn node_at_work(&self, id: &str) -> Result<Option<String>> {
+        let job = self.job(id)?;
+        Ok(at_work(&job).and_then(|part| part["institution"].as_str().map(str::to_owned)))
+    }
+
+    fn pid(&self, name: &str) -> Result<rustix::process::Pid> {
+        let table: toml::Table = toml::from_str(&fs::read_to_string(self.home.join("up/network.toml"))?)?;
+        let all = table["process"].as_array().ok_or("no processes")?;
+        let one = all
+            .iter()
+            .find(|p| p["name"].as_str().is_some_and(|n| n.contains(name)));
+        let pid = one.and_then(|p| p["pid"].as_integer()).ok_or("no such process")?;
+        rustix::process::Pid::from_raw(i32::try_from(pid)?).ok_or_else(|| "no such process".into())
+    }
+}

@@ -1,0 +1,260 @@
+//! A base model from a Hugging Face directory: configuration and weights, one tensor at a time.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{BufReader, Read, Seek, SeekFrom};
+use std::path::{Path, PathBuf};
+
+use half::{bf16, f16};
+use safetensors::Dtype;
+use safetensors::tensor::{Metadata, TensorInfo};
+use serde::Deserialize;
+
+use super::TrainError;
+use super::llama::Config;
+
+/// Bytes of a safetensors header at most; theirs is 100 MB, real ones are far smaller.
+const HEADER_MAX: u64 = 32 << 20;
+/// Bytes of the small files of a model directory at most.
+const JSON_MAX: u64 = 16 << 20;
+
+/// Numbers of a matrix.
+#[derive(Debug, Clone)]
+pub enum Values {
+    /// Four bytes each.
+    F32(Vec<f32>),
+    /// Two bytes each, widened where they are used.
+    Bf16(Vec<bf16>),
+}
+
+/// A frozen matrix, row after row.
+#[derive(Debug, Clone)]
+pub struct Matrix {
+    /// Rows (results).
+    pub rows: usize,
+    /// Columns (inputs).
+    pub columns: usize,
+    /// `rows · columns` of them.
+    pub values: Values,
+}
+
+/// How matrices are held in memory. All arithmetic is f32.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Hold {
+    /// As f32.
+    F32,
+    /// As bf16: half the memory. Exact when the files are bf16.
+    Bf16,
+}
+
+/// Weights by their Hugging Face names.
+#[derive(Debug)]
+pub struct BaseModel {
+    /// What they are for.
+    pub config: Config,
+    /// Those with rows and columns.
+    pub matrices: BTreeMap<String, Matrix>,
+    /// Norms and biases.
+    pub vectors: BTreeMap<String, Vec<f32>>,
+}
+
+#[derive(Deserialize)]
+struct Index {
+    weight_map: BTreeMap<String, String>,
+}
+
+/// Reads `config.json` and refuses what could not be trained.
+pub fn read_config(folder: &Path) -> Result<Config, TrainError> {
+    let path = folder.join("config.json");
+    let config: Config = read_json(&path)?;
+    config.check()?;
+    let named = |name: &str, value: usize, most: usize| {
+        if (1..=most).contains(&value) {
+            Ok(())
+        } else {
+            Err(TrainError::File {
+                path: path.clone(),
+                why: format!("{name} is {value}; 1 to {most} are possible"),
+            })
+        }
+    };
+    named("hidden_size", config.hidden_size, 1 << 16)?;
+    named("intermediate_size", config.intermediate_size, 1 << 18)?;
+    named("num_hidden_layers", config.num_hidden_layers, 512)?;
+    named("num_attention_heads", config.num_attention_heads, 1024)?;
+    named("head_dim", config.head_width(), 1024)?;
+    named("vocab_size", config.vocab_size, 1 << 20)?;
+    named("max_position_embeddings", config.max_position_embeddings, 1 << 24)?;
+    Ok(config)
+}
+
+/// A small JSON file of a model directory.
+pub(crate) fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T, TrainError> {
+    let wrong = |why: String| TrainError::File {
+        path: path.to_owned(),
+        why,
+    };
+    let file = File::open(path).map_err(|error| wrong(format!("cannot be opened: {error}")))?;
+    let mut text = Vec::new();
+    file.take(JSON_MAX + 1)
+        .read_to_end(&mut text)
+        .map_err(|error| wrong(format!("cannot be read: {error}")))?;
+    if text.len() as u64 > JSON_MAX {
+        return Err(wrong(format!("is longer than {JSON_MAX} bytes")));
+    }
+    serde_json::from_slice(&text).map_err(|error| wrong(format!("is not what it should be: {error}")))
+}
+
+/// The safetensors files of a model directory: one, or the shards that its index names.
+pub fn weight_files(folder: &Path) -> Result<Vec<PathBuf>, TrainError> {
+    let index = folder.join("model.safetensors.index.json");
+    if !index.exists() {
+        return Ok(vec![folder.join("model.safetensors")]);
+    }
+    let names: Index = read_json(&index)?;
+    let mut shards: Vec<&String> = names.weight_map.values().collect();
+    shards.sort();
+    shards.dedup();
+    if let Some(bad) = shards
+        .iter()
+        .find(|name| name.contains(['/', '\\']) || name.starts_with('.'))
+    {
+        return Err(TrainError::File {
+            path: index,
+            why: format!("names a shard outside its folder: {bad}"),
+        });
+    }
+    Ok(shards.into_iter().map(|name| folder.join(name)).collect())
+}
+
+impl BaseModel {
+    /// Reads a directory. Every tensor must be there in the shape that `config.json` says; others are passed over.
+    pub fn read(folder: &Path, hold: Hold) -> Result<Self, TrainError> {
+        let config = read_config(folder)?;
+        let wanted = config.shapes();
+        let (mut matrices, mut vectors) = (BTreeMap::new(), BTreeMap::new());
+        for path in weight_files(folder)? {
+            let wrong = |why: String| TrainError::File {
+                path: path.clone(),
+                why,
+            };
+            let file = File::open(&path).map_err(|error| wrong(format!("cannot be opened: {error}")))?;
+            let mut file = BufReader::with_capacity(1 << 20, file);
+            let (from, header) = header(&mut file).map_err(wrong)?;
+            let mut tensors: Vec<(String, &TensorInfo)> = header.tensors().into_iter().collect();
+            tensors.sort_by_key(|(_, info)| info.data_offsets.0);
+            for (name, info) in tensors {
+                let Some(shape) = wanted.get(&name) else { continue };
+                if info.shape != *shape {
+                    return Err(TrainError::Shape {
+                        name,
+                        found: info.shape.clone(),
+                        expected: shape.clone(),
+                    });
+                }
+                let wrong = |why: String| TrainError::File {
+                    path: path.clone(),
+                    why: format!("tensor {name}: {why}"),
+                };
+                let (start, end) = info.data_offsets;
+                file.seek(SeekFrom::Start(from + start as u64))
+                    .map_err(|error| wrong(error.to_string()))?;
+                let hold = if shape.len() == 2 { hold } else { Hold::F32 };
+                let values = values(&mut file, info.dtype, end - start, hold).map_err(wrong)?;
+                match (shape.as_slice(), values) {
+                    ([rows, columns], values) => {
+                        let (rows, columns) = (*rows, *columns);
+                        matrices.insert(
+                            name,
+                            Matrix {
+                                rows,
+                                columns,
+                                values,
+                            },
+                        );
+                    }
+                    (_, Values::F32(values)) => {
+                        vectors.insert(name, values);
+                    }
+                    (_, Values::Bf16(_)) => return Err(wrong("is not what was asked for".into())),
+                }
+            }
+        }
+        for name in wanted.keys() {
+            if !matrices.contains_key(name) && !vectors.contains_key(name) {
+                return Err(TrainError::Missing(name.clone()));
+            }
+        }
+        Ok(Self {
+            config,
+            matrices,
+            vectors,
+        })
+    }
+}
+
+/// The header of a safetensors file, and where its numbers begin. All offsets lie inside the file.
+fn header(file: &mut BufReader<File>) -> Result<(u64, Metadata), String> {
+    let whole = file
+        .get_ref()
+        .metadata()
+        .map_err(|error| error.to_string())?
+        .len();
+    let mut length = [0; 8];
+    file.read_exact(&mut length)
+        .map_err(|_| "is too short for a safetensors file")?;
+    let length = u64::from_le_bytes(length);
+    if length > HEADER_MAX || length + 8 > whole {
+        return Err(format!("says its header is {length} bytes long, of {whole}"));
+    }
+    let mut text = vec![0; length as usize];
+    file.read_exact(&mut text).map_err(|error| error.to_string())?;
+    // Checks that offsets rise, fit the shapes and leave no holes.
+    let header: Metadata =
+        serde_json::from_slice(&text).map_err(|error| format!("has a broken safetensors header: {error}"))?;
+    if header.data_len() as u64 + 8 + length > whole {
+        return Err("ends before its last tensor".into());
+    }
+    Ok((8 + length, header))
+}
+
+/// Reads numbers a piece at a time, so that no second copy of a large tensor is ever in memory.
+fn values(file: &mut impl Read, dtype: Dtype, bytes: usize, hold: Hold) -> Result<Values, String> {
+    let width = match dtype {
+        Dtype::F32 => 4,
+        Dtype::F16 | Dtype::BF16 => 2,
+        other => return Err(format!("has type {other:?}; F32, F16 and BF16 can be read")),
+    };
+    let one = |bytes: &[u8]| match (dtype, bytes) {
+        (Dtype::F32, [a, b, c, d]) => f32::from_le_bytes([*a, *b, *c, *d]),
+        (Dtype::F16, [a, b]) => f16::from_le_bytes([*a, *b]).to_f32(),
+        (_, [a, b]) => bf16::from_le_bytes([*a, *b]).to_f32(),
+        _ => 0.0,
+    };
+    let count = bytes / width;
+    let mut out = match hold {
+        Hold::F32 => Values::F32(Vec::with_capacity(count)),
+        Hold::Bf16 => Values::Bf16(Vec::with_capacity(count)),
+    };
+    let mut piece = vec![0; (1 << 20).min(bytes.max(width))];
+    let mut left = bytes;
+    while left > 0 {
+        let piece = &mut piece[..left.min(1 << 20)];
+        file.read_exact(piece).map_err(|error| error.to_string())?;
+        left -= piece.len();
+        let numbers = piece.chunks_exact(width).map(one);
+        match &mut out {
+            Values::F32(out) => out.extend(numbers),
+            Values::Bf16(out) => out.extend(numbers.map(bf16::from_f32)),
+        }
+    }
+    let finite = match &out {
+        Values::F32(out) => out.iter().all(|value| value.is_finite()),
+        Values::Bf16(out) => out.iter().all(|value| value.is_finite()),
+    };
+    if finite {
+        Ok(out)
+    } else {
+        Err("holds numbers that are not finite".into())
+    }
+}

@@ -1,0 +1,201 @@
+//! One linear map with its adapter, forwards and backwards, and matrices in either of their forms.
+
+use half::bf16;
+use rayon::prelude::*;
+
+use super::kernels::{self, Product, by_rows, multiply, turned};
+use super::{Fused, Linear, room};
+use crate::train::adapter::Adapter;
+use crate::train::base::{Matrix, Values};
+
+/// What one linear map saw, and the gradient of what it gave.
+pub(super) struct Back<'a> {
+    pub(super) rows: usize,
+    pub(super) x: &'a [f32],
+    pub(super) narrow: &'a [f32],
+    pub(super) dy: &'a [f32],
+}
+
+impl Fused {
+    /// `y = x Wᵀ + bias + scale · (x Aᵀ) Bᵀ`; `narrow` keeps `x Aᵀ`.
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "the borrows of one pass, each of another part of it"
+    )]
+    pub(super) fn linear(
+        &self,
+        linear: &Linear,
+        adapter: &Adapter,
+        rows: usize,
+        x: &[f32],
+        narrow: &mut Vec<f32>,
+        y: &mut [f32],
+        scratch: &mut Vec<f32>,
+    ) {
+        let threads = self.threads;
+        let (n, k) = (linear.weight.rows, linear.weight.columns);
+        let weight = linear.weight.whole(scratch);
+        multiply(
+            Product {
+                m: rows,
+                n,
+                k,
+                threads,
+            },
+            y,
+            n,
+            false,
+            by_rows(x, k),
+            turned(weight, k),
+            1.0,
+        );
+        if let Some(bias) = &linear.bias {
+            kernels::add_row(y, bias);
+        }
+        if let Some(slot) = &linear.adapter {
+            let (a, b, rank) = (adapter.a(slot), adapter.b(slot), adapter.rank());
+            let narrow = room(narrow, rows * rank);
+            multiply(
+                Product {
+                    m: rows,
+                    n: rank,
+                    k,
+                    threads,
+                },
+                narrow,
+                rank,
+                false,
+                by_rows(x, k),
+                turned(a, k),
+                1.0,
+            );
+            let size = Product {
+                m: rows,
+                n,
+                k: rank,
+                threads,
+            };
+            multiply(
+                size,
+                y,
+                n,
+                true,
+                by_rows(narrow, rank),
+                turned(b, rank),
+                adapter.scale(),
+            );
+        }
+    }
+
+    /// The way back through [`Fused::linear`]: adds to `grads`, and to `dx` or over it.
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "the borrows of one pass, each of another part of it"
+    )]
+    pub(super) fn linear_back(
+        &self,
+        linear: &Linear,
+        adapter: &Adapter,
+        pass: Back<'_>,
+        dx: Option<(&mut [f32], bool)>,
+        grads: &mut [f32],
+        scratch: &mut Vec<f32>,
+        d_narrow: &mut Vec<f32>,
+    ) {
+        let Back { rows, x, narrow, dy } = pass;
+        let threads = self.threads;
+        let (n, k) = (linear.weight.rows, linear.weight.columns);
+        let d_narrow = linear.adapter.as_ref().map(|slot| {
+            let (rank, scale) = (adapter.rank(), adapter.scale());
+            let d_narrow = room(d_narrow, rows * rank);
+            let size = Product {
+                m: rows,
+                n: rank,
+                k: n,
+                threads,
+            };
+            multiply(
+                size,
+                d_narrow,
+                rank,
+                false,
+                by_rows(dy, n),
+                by_rows(adapter.b(slot), rank),
+                scale,
+            );
+            let size = Product {
+                m: n,
+                n: rank,
+                k: rows,
+                threads,
+            };
+            let b = &mut grads[slot.b_range(rank)];
+            multiply(size, b, rank, true, turned(dy, n), by_rows(narrow, rank), scale);
+            let size = Product {
+                m: rank,
+                n: k,
+                k: rows,
+                threads,
+            };
+            let a = &mut grads[slot.a_range(rank)];
+            multiply(size, a, k, true, turned(d_narrow, rank), by_rows(x, k), 1.0);
+            (d_narrow, adapter.a(slot), rank)
+        });
+        if let Some((dx, add)) = dx {
+            let weight = linear.weight.whole(scratch);
+            multiply(
+                Product {
+                    m: rows,
+                    n: k,
+                    k: n,
+                    threads,
+                },
+                dx,
+                k,
+                add,
+                by_rows(dy, n),
+                by_rows(weight, k),
+                1.0,
+            );
+            if let Some((d_narrow, a, rank)) = d_narrow {
+                let size = Product {
+                    m: rows,
+                    n: k,
+                    k: rank,
+                    threads,
+                };
+                multiply(size, dx, k, true, by_rows(d_narrow, rank), by_rows(a, k), 1.0);
+            }
+        }
+    }
+}
+
+impl Matrix {
+    /// One row as f32.
+    pub(super) fn row(&self, row: usize, out: &mut [f32]) {
+        let at = row * self.columns..(row + 1) * self.columns;
+        match &self.values {
+            Values::F32(values) => out.copy_from_slice(&values[at]),
+            Values::Bf16(values) => widen(out, &values[at]),
+        }
+    }
+
+    /// All of it as f32: itself, or widened into `scratch`.
+    pub(super) fn whole<'a>(&'a self, scratch: &'a mut Vec<f32>) -> &'a [f32] {
+        match &self.values {
+            Values::F32(values) => values,
+            Values::Bf16(values) => {
+                let scratch = room(scratch, values.len());
+                let parts = scratch.par_chunks_mut(1 << 15).zip(values.par_chunks(1 << 15));
+                parts.for_each(|(out, values)| widen(out, values));
+                scratch
+            }
+        }
+    }
+}
+
+fn widen(out: &mut [f32], values: &[bf16]) {
+    for (out, value) in out.iter_mut().zip(values) {
+        *out = value.to_f32();
+    }
+}

@@ -1,0 +1,373 @@
+//! A run: steps, looks at what was held out, checkpoints, and going on from one.
+
+use std::path::Path;
+
+use super::TrainError;
+use super::adapter::Adapter;
+use super::base::{BaseModel, Hold};
+use super::checkpoint::{self, Checkpoint, Held, Look, State};
+use super::data::{Data, Example, Packed, Reader};
+use super::fused::Fused;
+use super::llama::Config;
+use super::optim::{AdamWSettings, Moments};
+use super::schedule::Schedule;
+use super::settings::Settings;
+
+/// Tokens of one batch when looking at what was held out.
+const LOOK_TOKENS: usize = 2048;
+
+/// What a run is made of. Digests name what they stand for in checkpoints and manifests.
+#[derive(Debug, Clone)]
+pub struct Spec<'a> {
+    /// The base model's directory.
+    pub base: &'a Path,
+    /// Its digest.
+    pub base_digest: &'a str,
+    /// JSON lines.
+    pub data: &'a Path,
+    /// Their digest.
+    pub data_digest: &'a str,
+    /// How to train.
+    pub settings: &'a Settings,
+    /// The language of lines that name none.
+    pub language: Option<&'a str>,
+    /// Threads to compute with.
+    pub threads: usize,
+}
+
+/// What one step did.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Step {
+    /// Steps taken so far, this one counted.
+    pub step: usize,
+    /// Mean cross-entropy of the step's targets before it, in nats.
+    pub loss: f64,
+    /// Length of the gradient before clipping.
+    pub norm: f64,
+    /// Learning rate.
+    pub rate: f64,
+    /// Tokens that went through the model.
+    pub tokens: usize,
+}
+
+/// What is known of a run before it begins.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Outline {
+    /// Steps in all.
+    pub steps: usize,
+    /// Examples to train on.
+    pub examples: usize,
+    /// Examples held out.
+    pub held_out: usize,
+    /// Tokens of one epoch.
+    pub tokens: usize,
+    /// Languages of the data.
+    pub languages: Vec<String>,
+    /// Numbers that will train.
+    pub parameters: usize,
+    /// What a researcher should know of the data.
+    pub notices: Vec<String>,
+}
+
+/// Checks base, data and settings as far as that goes without the weights, which are not read.
+pub fn outline(spec: &Spec<'_>) -> Result<Outline, TrainError> {
+    let (config, data, schedule) = prepare(spec)?;
+    let adapter = fresh(&config, spec.settings)?;
+    Ok(Outline {
+        steps: schedule.total(),
+        examples: data.examples.len(),
+        held_out: data.held_out.len(),
+        tokens: data.examples.iter().map(Example::length).sum(),
+        languages: data.languages,
+        parameters: adapter.values.len(),
+        notices: data.notices,
+    })
+}
+
+fn prepare(spec: &Spec<'_>) -> Result<(Config, Data, Schedule), TrainError> {
+    let settings = spec.settings;
+    settings.check()?;
+    let config = super::base::read_config(spec.base)?;
+    if settings.sequence_len > config.max_position_embeddings {
+        return Err(TrainError::Setting {
+            name: "sequence_len".into(),
+            why: format!(
+                "is {}, the base model reads {} tokens at most",
+                settings.sequence_len, config.max_position_embeddings
+            ),
+        });
+    }
+    let reader = Reader::open(spec.base)?;
+    let data = Data::read(spec.data, &reader, settings, spec.language)?;
+    let schedule = Schedule::new(&data.examples, settings);
+    Ok((config, data, schedule))
+}
+
+fn fresh(config: &Config, settings: &Settings) -> Result<Adapter, TrainError> {
+    Adapter::new(
+        config,
+        &settings.modules(),
+        settings.lora_r,
+        settings.lora_alpha,
+        settings.seed,
+    )
+}
+
+/// A run in progress.
+pub struct Trainer {
+    settings: Settings,
+    model: Fused,
+    adapter: Adapter,
+    moments: Moments,
+    grads: Vec<f32>,
+    data: Data,
+    schedule: Schedule,
+    losses: Vec<f32>,
+    state: State,
+    /// Loss of guessing every token alike, in nats.
+    guess: f64,
+}
+
+impl Trainer {
+    /// Reads everything and stands before the first step. Say how the untrained model does with [`Trainer::look`].
+    pub fn new(spec: &Spec<'_>) -> Result<Self, TrainError> {
+        let (config, data, schedule) = prepare(spec)?;
+        let settings = spec.settings.clone();
+        let adapter = fresh(&config, &settings)?;
+        let hold = if settings.bf16 { Hold::Bf16 } else { Hold::F32 };
+        let base = BaseModel::read(spec.base, hold)?;
+        let model = Fused::new(base, &adapter, spec.threads, settings.gradient_checkpointing)?;
+        let moments = Moments::new(
+            adapter.values.len(),
+            AdamWSettings {
+                beta1: settings.adam_beta1,
+                beta2: settings.adam_beta2,
+                epsilon: settings.adam_epsilon,
+                weight_decay: settings.weight_decay,
+                clip: settings.max_grad_norm,
+            },
+        );
+        let state = State {
+            base: spec.base_digest.to_owned(),
+            data: spec.data_digest.to_owned(),
+            settings: settings.canonical(),
+            total: schedule.total(),
+            rng: settings.seed,
+            examples: (data.examples.len(), data.held_out.len()),
+            ..State::default()
+        };
+        Ok(Self {
+            grads: vec![0.0; adapter.values.len()],
+            guess: (config.vocab_size as f64).ln(),
+            settings,
+            model,
+            adapter,
+            moments,
+            data,
+            schedule,
+            losses: Vec::new(),
+            state,
+        })
+    }
+
+    /// Goes on from a checkpoint of the same run, or from none at all.
+    pub fn resume(spec: &Spec<'_>, bytes: &[u8]) -> Result<Self, TrainError> {
+        let mut trainer = Self::new(spec)?;
+        trainer.restore(bytes)?;
+        Ok(trainer)
+    }
+
+    /// Takes up the state of a checkpoint of the same run; on an error nothing has changed.
+    pub fn restore(&mut self, bytes: &[u8]) -> Result<(), TrainError> {
+        let found = Checkpoint::decode(bytes, &self.adapter)?;
+        for (what, theirs, ours) in [
+            ("base model", &found.state.base, &self.state.base),
+            ("data", &found.state.data, &self.state.data),
+            ("settings", &found.state.settings, &self.state.settings),
+        ] {
+            if theirs != ours {
+                return Err(TrainError::Checkpoint(format!(
+                    "was made with another {what}: {theirs}, not {ours}"
+                )));
+            }
+        }
+        if found.state.total != self.state.total || found.state.step > found.state.total {
+            return Err(TrainError::Checkpoint(format!(
+                "is of step {} of {}, this run has {}",
+                found.state.step, found.state.total, self.state.total
+            )));
+        }
+        self.moments.restore(found.mean, found.square, found.state.step);
+        self.adapter.values = found.values;
+        self.losses = found.losses;
+        self.state = State {
+            previous: Some(checkpoint::digest(bytes)),
+            ..found.state
+        };
+        Ok(())
+    }
+
+    /// The checkpoint of this moment, and its digest. The next one will name it.
+    pub fn checkpoint(&mut self) -> Result<(Vec<u8>, String), TrainError> {
+        self.state.cursor = self.schedule.cursor(self.state.step);
+        let (mean, square) = self.moments.parts();
+        let bytes = Checkpoint {
+            state: self.state.clone(),
+            values: self.adapter.values.clone(),
+            mean: mean.to_vec(),
+            square: square.to_vec(),
+            losses: self.losses.clone(),
+        }
+        .encode(&self.adapter)?;
+        let digest = checkpoint::digest(&bytes);
+        self.state.previous = Some(digest.clone());
+        Ok((bytes, digest))
+    }
+
+    /// How far it got, and what it belongs to.
+    pub fn state(&self) -> &State {
+        &self.state
+    }
+
+    /// The numbers that train.
+    pub fn adapter(&self) -> &Adapter {
+        &self.adapter
+    }
+
+    /// Loss of every step so far.
+    pub fn losses(&self) -> &[f32] {
+        &self.losses
+    }
+
+    /// What was read.
+    pub fn data(&self) -> &Data {
+        &self.data
+    }
+
+    /// Takes one step. `alive` is called after every batch; what it refuses ends the step without a trace.
+    pub fn step<E: From<TrainError>>(
+        &mut self,
+        mut alive: impl FnMut(usize) -> Result<(), E>,
+    ) -> Result<Step, E> {
+        let number = self.state.step;
+        let rate = self.settings.rate(number, self.state.total);
+        let examples = &self.data.examples;
+        let rows = self.schedule.rows(number);
+        let batches: Vec<Packed> = rows
+            .chunks(self.settings.micro_batch_size)
+            .map(|rows| Packed::new(rows.iter().flatten().map(|example| &examples[*example])))
+            .collect();
+        // Every target counts alike, in whichever batch of the step it is.
+        let targets: usize = batches.iter().map(|batch| batch.targets.len()).sum();
+        let scale = 1.0 / targets.max(1) as f32;
+        self.grads.fill(0.0);
+        let (mut nats, mut tokens) = (0.0, 0);
+        for batch in &batches {
+            nats += self
+                .model
+                .gradients(&self.adapter, batch, scale, &mut self.grads)?;
+            tokens += batch.ids.len();
+            alive(batch.ids.len())?;
+        }
+        let loss = nats / targets.max(1) as f64;
+        let diverged = |what: String| TrainError::Diverged {
+            step: number + 1,
+            what,
+        };
+        if !loss.is_finite() {
+            return Err(diverged(format!("the loss is {loss}")).into());
+        }
+        // Far worse than blind guessing, and than it was: it will not find back.
+        let first = self.losses.first().map_or(loss, |first| f64::from(*first));
+        if loss > (self.guess + 2.0).max(1.5 * first) {
+            let guess = self.guess;
+            return Err(diverged(format!(
+                "the loss is {loss:.2} nats, {first:.2} at first, and guessing blindly costs {guess:.2}"
+            ))
+            .into());
+        }
+        let norm = self
+            .moments
+            .step(&mut self.adapter.values, &self.grads, rate)
+            .ok_or_else(|| diverged("the gradient is not finite".into()))?;
+        self.losses.push(loss as f32);
+        self.state.step += 1;
+        self.state.tokens += tokens as u64;
+        self.state.finished = self.state.step >= self.state.total;
+        Ok(Step {
+            step: self.state.step,
+            loss,
+            norm,
+            rate,
+            tokens,
+        })
+    }
+
+    /// Whether a look is due: before the first step, every `eval_steps`, and at the end.
+    pub fn look_is_due(&self) -> bool {
+        let State {
+            step, total, looks, ..
+        } = &self.state;
+        let every = self.settings.eval_steps;
+        let due = *step == 0 || step == total || (every > 0 && step.is_multiple_of(every));
+        due && looks.last().is_none_or(|last| last.step != *step)
+    }
+
+    /// Looks at what was held out, language by language, and notes it. Ends the run when patience is at its end.
+    pub fn look<E: From<TrainError>>(
+        &mut self,
+        mut alive: impl FnMut(usize) -> Result<(), E>,
+    ) -> Result<&Look, E> {
+        let mut look = Look {
+            step: self.state.step,
+            ..Look::default()
+        };
+        let mut held_out: Vec<&Example> = self.data.held_out.iter().collect();
+        held_out.sort_by_key(|example| example.language);
+        let same = |left: &&Example, right: &&Example| left.language == right.language;
+        for examples in held_out.chunk_by(same) {
+            let (mut held, mut nats) = (Held::default(), 0.0);
+            let mut rest = examples;
+            while !rest.is_empty() {
+                let mut tokens = 0;
+                let fits = |example: &&&Example| {
+                    tokens += example.length();
+                    tokens <= LOOK_TOKENS
+                };
+                let count = rest.iter().take_while(fits).count().max(1);
+                let (now, later) = rest.split_at(count);
+                rest = later;
+                let batch = Packed::new(now.iter().copied());
+                nats += self.model.loss(&self.adapter, &batch)?;
+                held.tokens += batch.targets.len() as u64;
+                held.bytes += now.iter().map(|example| example.bytes as u64).sum::<u64>();
+                alive(batch.ids.len())?;
+            }
+            if !nats.is_finite() {
+                let what = format!("the loss of what was held out is {nats}");
+                return Err(TrainError::Diverged {
+                    step: self.state.step,
+                    what,
+                }
+                .into());
+            }
+            held.nanonats = (nats * 1e9) as u64;
+            if let Some(tag) = examples
+                .first()
+                .and_then(|first| self.data.languages.get(first.language))
+            {
+                look.languages.insert(tag.clone(), held);
+            }
+        }
+        let patience = self.settings.early_stopping_patience;
+        self.state.looks.push(look);
+        let losses: Vec<f64> = self.state.looks.iter().map(Look::loss).collect();
+        if patience > 0 && losses.len() > patience {
+            let (before, late) = losses.split_at(losses.len() - patience);
+            let best = before.iter().copied().fold(f64::INFINITY, f64::min);
+            self.state.finished |= late.iter().all(|loss| *loss >= best);
+        }
+        let last = self.state.looks.len() - 1;
+        Ok(&self.state.looks[last])
+    }
+}
