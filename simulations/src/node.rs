@@ -529,14 +529,7 @@ impl World {
 
     /// How long the work truly takes on that machine, and how many tokens it is.
     fn work_takes(&self, n: usize, order: &Order, items: u64) -> (u64, u64) {
-        let speed = self
-            .checker
-            .node(n)
-            .speeds
-            .get(&order.work.kind())
-            .copied()
-            .unwrap_or(1)
-            .max(1);
+        let speed = self.checker.node(n).speed(order.work.kind()).unwrap_or(1).max(1);
         let text = order.input.bytes.0 * items / order.items / 4;
         let (fixed, tokens) = match &order.work {
             Work::Noop { millis_per_item } => return (items * u64::from(*millis_per_item), 0),

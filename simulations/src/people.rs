@@ -14,7 +14,7 @@ use karez_core::{
     records::{Device, Engine, WorkKind},
     unit::{Bytes, Credits, Rate, Speed},
 };
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 
 pub(crate) const COUNTRIES: [&str; 6] = ["KE", "BR", "VN", "NP", "GH", "FR"];
 pub(crate) const INSTITUTIONS: [&str; 6] = [
@@ -143,13 +143,13 @@ fn listed_node(
         memory: machine.memory,
         rate: Rate(member.rate.0 * percent / 100),
     }];
-    let mut speeds = BTreeMap::from([(WorkKind::Noop, 1_000_000)]);
+    let mut speeds = vec![(WorkKind::Noop, 1_000_000)];
     for (kind, speed) in [
         (WorkKind::Generate, machine.generate_milli),
         (WorkKind::Embed, machine.embed_milli),
     ] {
         if speed > 0 {
-            speeds.insert(kind, speed);
+            speeds.push((kind, speed));
         }
     }
     let lie = rng.chance(setup.liars_per_mille).then(|| Lie::draw(rng));
@@ -202,12 +202,12 @@ fn draw_node(rng: &mut Rng, setup: &Setup, n: usize) -> (NodeProcess, TrueNode) 
             });
         }
     }
-    let mut speeds = BTreeMap::from([(WorkKind::Noop, 1_000_000)]);
+    let mut speeds = vec![(WorkKind::Noop, 1_000_000)];
     if rng.chance(700) {
-        speeds.insert(WorkKind::Embed, rng.between(1_000_000, 20_000_000));
+        speeds.push((WorkKind::Embed, rng.between(1_000_000, 20_000_000)));
     }
     if rng.chance(700) {
-        speeds.insert(WorkKind::Generate, rng.between(100_000, 3_000_000));
+        speeds.push((WorkKind::Generate, rng.between(100_000, 3_000_000)));
     }
     let refuses: Vec<Institution> = if rng.chance(150) {
         vec![parse(rng.pick(&INSTITUTIONS))]

@@ -118,6 +118,27 @@ fn a_scenario_runs_to_its_end_and_its_report_tells_it() {
     assert_eq!(json["samples"][0]["busy"].as_array().map(Vec::len), Some(2));
 }
 
+/// With `KAREZ_LONG` set, every scenario that comes with Karez is run to its end, but for the one of a million nodes.
+#[test]
+fn every_scenario_keeps_every_rule() {
+    if std::env::var_os("KAREZ_LONG").is_none() {
+        println!("skipped: KAREZ_LONG is not set");
+        return;
+    }
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("scenarios");
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.ends_with("million.toml") {
+            continue;
+        }
+        let scenario = scenario::read(&path, None).unwrap_or_else(|error| panic!("{error}"));
+        match World::new(scenario.seed, scenario.setup).run() {
+            Ok(summary) => println!("{}: {summary:?}", path.display()),
+            Err(failure) => panic!("{}: {failure}", path.display()),
+        }
+    }
+}
+
 #[test]
 fn a_scenario_that_breaks_a_rule_names_its_seed() {
     let mut scenario = scenario::parse(Path::new("small.toml"), SMALL, None).unwrap();

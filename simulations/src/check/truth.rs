@@ -5,7 +5,6 @@ use karez_core::{
     records::{Order, WorkKind},
     unit::{Bytes, Rate},
 };
-use std::collections::BTreeMap;
 
 /// One class of devices of a machine, as it truly is.
 #[derive(Debug, Clone)]
@@ -32,7 +31,7 @@ pub struct TrueNode {
     /// What it has.
     pub devices: Vec<TrueDevice>,
     /// What it can do, with units per second in thousandths.
-    pub speeds: BTreeMap<WorkKind, u64>,
+    pub speeds: Vec<(WorkKind, u64)>,
     /// Whose users its owner refuses.
     pub refuses: Vec<Institution>,
     /// Its messages are its agent's own.
@@ -40,6 +39,14 @@ pub struct TrueNode {
 }
 
 impl TrueNode {
+    /// Units per second in thousandths; none when it cannot do that.
+    pub fn speed(&self, kind: WorkKind) -> Option<u64> {
+        self.speeds
+            .iter()
+            .find(|(k, _)| *k == kind)
+            .map(|(_, speed)| *speed)
+    }
+
     pub(super) fn device(&self, class: &str) -> Option<&TrueDevice> {
         self.devices.iter().find(|d| d.class == class)
     }
@@ -62,7 +69,7 @@ impl TrueNode {
         if self.refuses.contains(&order.institution) {
             return Err(format!("the owner refuses users of {}", order.institution));
         }
-        if !self.speeds.contains_key(&order.work.kind()) {
+        if self.speed(order.work.kind()).is_none() {
             return Err("it has no such engine".into());
         }
         if !device.class.starts_with(&c.device) {

@@ -184,8 +184,12 @@ fn plots(out: &mut String, report: &Report) {
     let lent = line("lent by their owners", 7, true, &|s| {
         s.lent.iter().sum::<u64>() as f64
     });
-    out.push_str("<section><h2>Where the work ran</h2><p>Devices at work for others, by country; dashed: devices that owners lend at that moment");
-    let _ = write!(out, ", of {} in all.</p>", grouped(total));
+    let _ = write!(
+        out,
+        "<section><h2>Where the work ran</h2><p>Devices at work for others, by country, of {} in all; dashed: those \
+         that their owners lend at that moment. Hours are UTC, from a Monday at midnight.</p>",
+        grouped(total)
+    );
     out.push_str(&plot("Devices at work by country over time", busy, vec![lent]).draw());
     out.push_str("</section><section><h2>Who waited</h2><p>Parts of jobs waiting for a node, and jobs accepted but not ended.</p>");
     let queued = line("parts waiting", 1, false, &|s| s.queued as f64);
