@@ -69,6 +69,8 @@ pub(crate) enum Command {
     Finetune(Box<finetune::FinetuneArgs>),
     /// Submit a job described in a file
     Submit(submit::SubmitArgs),
+    /// Say where a job described in a file would run, from when and for how much
+    Estimate(submit::EstimateArgs),
     /// List your jobs
     Jobs(jobs::ListArgs),
     /// Look at one job, or stop it

@@ -274,6 +274,17 @@ pub(crate) fn print_explanation(context: &Context, reply: &wire::ExplainReply) {
         reply.nodes_feasible,
         plural(reply.nodes_known.into(), "known node")
     ));
+    if let (Some(low), Some(high)) = (reply.cost_low, reply.cost_high) {
+        out.line(format!(
+            "the whole job would cost {} to {} credits",
+            credits(low),
+            credits(high)
+        ));
+    }
+    if reply.starts == "later" {
+        let seconds = reply.starts_in_ms.div_ceil(1_000);
+        out.line(format!("it would start in about {}", plural(seconds, "second")));
+    }
     if !reply.candidates.is_empty() {
         let mut table = Table::new(&[
             ("NODE", Column::Cut),

@@ -125,6 +125,7 @@ fn run(cli: Cli, out: &'static out::Out) -> Result<()> {
         Command::Generate(args) => local(Box::pin(async move { generate::run(&c, args).await })),
         #[cfg(feature = "engine")]
         Command::Finetune(args) => local(Box::pin(async move { finetune::run(&c, *args).await })),
+        Command::Estimate(args) => local(Box::pin(async move { submit::estimate(&c, args).await })),
         Command::Submit(args) => local(Box::pin(async move { submit::run(&c, args).await })),
         Command::Jobs(args) => local(Box::pin(async move { jobs::list(&c, args).await })),
         Command::Job(args) => local(Box::pin(async move { jobs::run(&c, args).await })),

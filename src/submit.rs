@@ -1,8 +1,8 @@
-//! `karez submit` and `karez schema`: jobs described in files.
+//! `karez submit`, `karez estimate` and `karez schema`: jobs described in files.
 use crate::{
     cli::Context,
     embed::{ready, submit_and_wait},
-    input, jobfile, link,
+    input, jobfile, jobs, link, task, view,
 };
 use anyhow::Result;
 use clap::{Args, ValueEnum};
@@ -27,6 +27,20 @@ pub(crate) struct SubmitArgs {
     detach: bool,
 }
 
+/// `karez estimate`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Nothing is sent, set aside or run. The scheduler answers by the judgement with
+which it places.
+
+Examples:
+  karez estimate job.toml
+  karez estimate job.toml --json")]
+pub(crate) struct EstimateArgs {
+    /// The job file
+    file: PathBuf,
+}
+
 /// `karez schema`.
 #[derive(Debug, Args)]
 #[command(after_help = "Example:\n  karez schema job > karez-job.schema.json")]
@@ -49,6 +63,23 @@ pub(crate) async fn run(context: &Context, args: SubmitArgs) -> Result<()> {
     })?;
     let link = link::open(&context.home).await?;
     submit_and_wait(context, link, task).await
+}
+
+pub(crate) async fn estimate(context: &Context, args: EstimateArgs) -> Result<()> {
+    let mut job = jobfile::read(&args.file)?;
+    // Results are not written.
+    job.options.detach = true;
+    let task = ready(context, job.what, job.options, false, |field, dir| {
+        input::read(&job.input, field, dir)
+    })?;
+    let link = link::open(&context.home).await?;
+    let reply = task::explain(&context.home, &link, &task).await?;
+    if context.out.json {
+        context.out.json(&view::explanation(&reply));
+    } else {
+        jobs::print_explanation(context, &reply);
+    }
+    Ok(())
 }
 
 pub(crate) fn schema(context: &Context, args: &SchemaArgs) -> Result<()> {

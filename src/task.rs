@@ -125,6 +125,20 @@ fn is_near(wanted: &str, known: &str) -> bool {
         || strsim::jaro_winkler(&wanted, &known) > 0.8
 }
 
+/// What the scheduler would do with such an order now. Signed as for submitting, but nothing is sent, set aside or run.
+pub(crate) async fn explain(home: &Home, link: &Link, task: &Task) -> Result<wire::ExplainReply> {
+    let work = work(link, &task.what).await?;
+    let artifacts = link.artifacts(home).await?;
+    let (store, content) = (artifacts.store.clone(), task.items.content());
+    let input = tokio::task::spawn_blocking(move || content.store(&store)).await??;
+    let order = order(link, work, input, task)?;
+    let request = wire::ExplainRequest {
+        job: String::new(),
+        order: order.encode(),
+    };
+    call(link.client.clone().explain(request)).await
+}
+
 /// Sends the input, signs the order and submits it.
 pub(crate) async fn submit(out: &Out, home: &Home, link: Link, task: &Task) -> Result<Running> {
     let work = work(&link, &task.what).await?;

@@ -107,6 +107,8 @@ pub(crate) fn explanation(e: &wire::ExplainReply) -> Value {
         "summary": e.summary, "nodes_known": e.nodes_known, "nodes_feasible": e.nodes_feasible,
         "exclusions": e.exclusions.iter().map(exclusion).collect::<Vec<_>>(),
         "candidates": e.candidates.iter().map(alternative).collect::<Vec<_>>(),
+        "cost_low_microcredits": e.cost_low, "cost_high_microcredits": e.cost_high,
+        "starts": e.starts, "starts_in_ms": (e.starts == "later").then_some(e.starts_in_ms),
         "job": e.job.as_ref().map(job),
     })
 }

@@ -15,6 +15,7 @@ pub mod agent;
 pub mod artifact;
 pub mod controller;
 pub mod exchange;
+pub mod fair;
 pub mod id;
 pub mod invite;
 pub mod key;

@@ -2,10 +2,12 @@
 //!
 //! Not here: choosing ([`crate::placement`]), promising (the agent alone grants).
 use crate::{
+    id::Digest,
     key::{NodeId, PublicKey},
+    placement::{ClassId, Policy, Shelved, Stock},
     prelude::*,
     records::{Offer, Verified, WorkKind},
-    unit::{Millis, MonoMillis, Now, Speed, UtcMillis},
+    unit::{DeviceMillis, Millis, MonoMillis, Now, Rate, Speed, UtcMillis},
 };
 
 /// The most nodes one scheduler believes in; further offers are refused until some expire.
@@ -34,7 +36,21 @@ pub struct Listing {
     pub failures: u32,
     /// Speeds measured from finished leases, which win over what the offer claims.
     measured: BTreeMap<WorkKind, Speed>,
+    /// Reclaims that were seen there, and in how much device time; old ones weigh less and less.
+    reclaims: u32,
+    watched: DeviceMillis,
+    /// Where it stands in the stock.
+    pub(crate) shelved: Vec<Shelved>,
+    /// Per entry of `offer.devices`: the group whose shadow price it bears.
+    pub(crate) groups: Vec<u32>,
 }
+
+/// What is believed of a node that nobody has watched: no reclaim in so much device time.
+const WATCHED_BEFORE: DeviceMillis = DeviceMillis(100 * 3_600_000);
+/// After so much more device time, what was seen before counts half.
+const WATCHED_MAX: DeviceMillis = DeviceMillis(1_000 * 3_600_000);
+/// One reclaim every four seconds: no node is worse.
+const HAZARD_MAX: u64 = 1_000_000;
 
 impl Listing {
     /// Free devices of entry `device`, as far as we know: what is not ours nor, at the last offer, others'.
@@ -55,6 +71,13 @@ impl Listing {
             .map(|e| e.speed)
             .max()?;
         Some(self.measured.get(&kind).copied().unwrap_or(offered))
+    }
+
+    /// Reclaims to expect in a thousand hours of one device there.
+    pub fn hazard(&self) -> u32 {
+        let hours = self.watched.saturating_add(WATCHED_BEFORE);
+        let hazard = u64::from(self.reclaims) * 1_000 * 3_600_000 / hours.0;
+        hazard.min(HAZARD_MAX) as u32
     }
 
     /// Devices of ours there, in all.
@@ -96,7 +119,14 @@ pub enum OfferError {
 /// All nodes a scheduler has heard of lately.
 #[derive(Debug, Clone, Default)]
 pub struct Market {
-    nodes: BTreeMap<NodeId, Listing>,
+    /// By handle; a handle is given to another node when its own is forgotten.
+    listings: Vec<Option<(NodeId, Listing)>>,
+    spare: Vec<u32>,
+    nodes: BTreeMap<NodeId, u32>,
+    stock: Stock,
+    policy: Policy,
+    /// Which nodes say they hold an artifact.
+    holders: BTreeMap<Digest, BTreeSet<u32>>,
     /// Sessions of nodes whose offer has not arrived yet.
     waiting: BTreeSet<NodeId>,
     /// When each listing expires, in order.
@@ -104,9 +134,46 @@ pub struct Market {
 }
 
 impl Market {
+    /// An empty market whose index is sorted by the costs of that policy.
+    pub fn new(policy: Policy) -> Self {
+        Self {
+            policy,
+            ..Self::default()
+        }
+    }
+
+    /// The policy its index is sorted by: the one to place with.
+    pub fn policy(&self) -> &Policy {
+        &self.policy
+    }
+
+    /// Places by class, and the index of them.
+    pub fn stock(&self) -> &Stock {
+        &self.stock
+    }
+
+    /// What better use an hour of that device is kept from.
+    pub fn shadow(&self, listing: &Listing, device: usize) -> Rate {
+        listing
+            .groups
+            .get(device)
+            .map_or(Rate::FREE, |group| self.stock.shadow(*group))
+    }
+
+    /// Sets what the slow path found; groups that are not named have no shadow price.
+    pub fn set_shadows(&mut self, prices: impl IntoIterator<Item = (u32, Rate)>) {
+        self.stock.set_shadows(prices);
+    }
+
+    /// Nodes that say they hold an artifact, by handle.
+    pub fn holders(&self, artifact: &Digest) -> impl ExactSizeIterator<Item = u32> + '_ {
+        static NONE: BTreeSet<u32> = BTreeSet::new();
+        self.holders.get(artifact).unwrap_or(&NONE).iter().copied()
+    }
+
     /// Every listed node, by id.
     pub fn iter(&self) -> impl Iterator<Item = (&NodeId, &Listing)> {
-        self.nodes.iter()
+        self.nodes.values().filter_map(|handle| self.at(*handle))
     }
 
     /// How many nodes are listed.
@@ -121,7 +188,59 @@ impl Market {
 
     /// One node.
     pub fn get(&self, node: &NodeId) -> Option<&Listing> {
-        self.nodes.get(node)
+        Some(self.at(*self.nodes.get(node)?)?.1)
+    }
+
+    /// The node with that handle.
+    pub fn at(&self, handle: u32) -> Option<(&NodeId, &Listing)> {
+        let (node, listing) = self.listings.get(handle as usize)?.as_ref()?;
+        Some((node, listing))
+    }
+
+    /// Changes a listing, and brings the stock in step: its places anew, or only how much is free.
+    fn change(&mut self, node: &NodeId, anew: bool, change: impl FnOnce(&mut Listing)) {
+        let Some(handle) = self.nodes.get(node).copied() else {
+            return;
+        };
+        let Some((_, listing)) = self.listings.get_mut(handle as usize).and_then(Option::as_mut) else {
+            return;
+        };
+        change(listing);
+        if anew {
+            self.stock.shelve(handle, listing, &self.policy);
+        } else {
+            self.stock.set_free(listing);
+        }
+    }
+
+    /// Takes a listing out of every index.
+    fn forget(&mut self, node: &NodeId) -> Option<Listing> {
+        let handle = self.nodes.remove(node)?;
+        let (_, mut listing) = self.listings.get_mut(handle as usize)?.take()?;
+        self.spare.push(handle);
+        self.stock.clear(&mut listing);
+        for artifact in &listing.offer.cached {
+            if let Some(holders) = self.holders.get_mut(artifact) {
+                holders.remove(&handle);
+                if holders.is_empty() {
+                    self.holders.remove(artifact);
+                }
+            }
+        }
+        Some(listing)
+    }
+
+    fn list(&mut self, node: NodeId, mut listing: Listing) {
+        let handle = self.spare.pop().unwrap_or_else(|| {
+            self.listings.push(None);
+            (self.listings.len() - 1) as u32
+        });
+        for artifact in &listing.offer.cached {
+            self.holders.entry(*artifact).or_default().insert(handle);
+        }
+        self.stock.shelve(handle, &mut listing, &self.policy);
+        self.listings[handle as usize] = Some((node, listing));
+        self.nodes.insert(node, handle);
     }
 
     /// Believes an offer until it expires, or says why not.
@@ -144,7 +263,7 @@ impl Market {
             });
         }
         let left = Millis(offer.expires_at.0 - now.utc.0).min(OFFER_TTL_MAX);
-        match self.nodes.get(&node) {
+        match self.get(&node) {
             Some(known) if known.offer.sequence >= offer.sequence => {
                 return Err(OfferError::Stale {
                     got: offer.sequence,
@@ -154,7 +273,7 @@ impl Market {
             None if self.nodes.len() >= NODES_MAX => return Err(OfferError::Full),
             _ => {}
         }
-        let before = self.nodes.remove(&node);
+        let before = self.forget(&node);
         let ours_of = |class: &str| {
             let Some(known) = &before else { return 0 };
             let at = known.offer.devices.iter().position(|d| d.class == class);
@@ -171,8 +290,8 @@ impl Market {
             .as_ref()
             .map_or_else(|| self.waiting.remove(&node), |known| known.connected);
         let gone = before.as_ref().map(|known| known.expires);
-        let (failures, measured) = before
-            .map(|known| (known.failures, known.measured))
+        let (failures, measured, reclaims, watched) = before
+            .map(|known| (known.failures, known.measured, known.reclaims, known.watched))
             .unwrap_or_default();
         let listing = Listing {
             offer,
@@ -183,23 +302,27 @@ impl Market {
             others,
             failures,
             measured,
+            reclaims,
+            watched,
+            shelved: Vec::new(),
+            groups: Vec::new(),
         };
         if let Some(known) = gone {
             self.expiries.remove(&(known, node));
         }
         self.expiries.insert((listing.expires, node));
-        self.nodes.insert(node, listing);
+        self.list(node, listing);
         Ok(())
     }
 
     /// Notes whether a node's control session stands.
     pub fn set_connected(&mut self, node: NodeId, connected: bool) {
-        match self.nodes.get_mut(&node) {
-            Some(listing) => listing.connected = connected,
-            None if connected && self.waiting.len() < NODES_MAX => {
+        match self.nodes.contains_key(&node) {
+            true => self.change(&node, false, |listing| listing.connected = connected),
+            false if connected && self.waiting.len() < NODES_MAX => {
                 self.waiting.insert(node);
             }
-            None => {
+            false => {
                 self.waiting.remove(&node);
             }
         }
@@ -212,7 +335,7 @@ impl Market {
             && at <= now
         {
             self.expiries.remove(&(at, node));
-            if self.nodes.remove(&node).is_some_and(|listing| listing.connected) {
+            if self.forget(&node).is_some_and(|listing| listing.connected) {
                 self.waiting.insert(node);
             }
             gone.push(node);
@@ -227,9 +350,8 @@ impl Market {
 
     /// Some connected node has a free device.
     pub fn any_free(&self) -> bool {
-        self.nodes
-            .values()
-            .any(|l| l.connected && (0..l.offer.devices.len()).any(|d| l.free(d) > 0))
+        let index = self.stock.index();
+        (0..index.classes()).any(|class| index.count(ClassId(class as u32)).1 > 0)
     }
 
     /// Counts devices of `class` as ours.
@@ -250,39 +372,48 @@ impl Market {
     }
 
     fn on_class(&mut self, node: &NodeId, class: &str, change: impl FnOnce(&mut u32, &mut u32, u32)) {
-        let Some(listing) = self.nodes.get_mut(node) else {
-            return;
-        };
-        let Some(i) = listing.offer.devices.iter().position(|d| d.class == class) else {
-            return;
-        };
-        change(
-            &mut listing.ours[i],
-            &mut listing.others[i],
-            listing.offer.devices[i].count,
-        );
+        self.change(node, false, |listing| {
+            let Some(i) = listing.offer.devices.iter().position(|d| d.class == class) else {
+                return;
+            };
+            change(
+                &mut listing.ours[i],
+                &mut listing.others[i],
+                listing.offer.devices[i].count,
+            );
+        });
     }
 
     /// Notes that an attempt failed there.
     pub fn note_failure(&mut self, node: &NodeId) {
-        if let Some(listing) = self.nodes.get_mut(node) {
+        self.change(node, true, |listing| {
             listing.failures = listing.failures.saturating_add(1);
-        }
+        });
     }
 
     /// Notes that a lease finished there at that speed; measured speeds move a quarter of the way at each.
     pub fn note_success(&mut self, node: &NodeId, kind: WorkKind, speed: Option<Speed>) {
-        let Some(listing) = self.nodes.get_mut(node) else {
-            return;
-        };
-        listing.failures = 0;
-        if let Some(speed) = speed {
+        self.change(node, true, |listing| {
+            listing.failures = 0;
+            let Some(speed) = speed else { return };
             let before = listing.measured.get(&kind).copied().unwrap_or(speed);
             let moved = (u128::from(before.0) * 3 + u128::from(speed.0)) / 4;
-            listing
-                .measured
-                .insert(kind, Speed(u64::try_from(moved).unwrap_or(u64::MAX).max(1)));
-        }
+            let moved = Speed(u64::try_from(moved).unwrap_or(u64::MAX).max(1));
+            listing.measured.insert(kind, moved);
+        });
+    }
+
+    /// Notes device time that was watched there, and whether the owner took the device back at its end.
+    /// Reclaims raise what interrupted work is expected to cost there; they are no failures.
+    pub fn note_watched(&mut self, node: &NodeId, time: DeviceMillis, reclaimed: bool) {
+        self.change(node, true, |listing| {
+            if listing.watched > WATCHED_MAX {
+                listing.watched = DeviceMillis(listing.watched.0 / 2);
+                listing.reclaims /= 2;
+            }
+            listing.watched = listing.watched.saturating_add(time);
+            listing.reclaims = listing.reclaims.saturating_add(reclaimed.into());
+        });
     }
 }
 

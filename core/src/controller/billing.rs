@@ -2,7 +2,7 @@
 use super::{
     Effect,
     job::{JOBS, JobState, Part},
-    mind::Controller,
+    mind::{Controller, SHARES},
 };
 use crate::{
     exchange::{FinishedLease, ToNode},
@@ -193,7 +193,10 @@ impl Controller {
         let posting = Posting::transfer(PostingKind::Settle, from, to, credits, evidence)
             .ok_or("the bill is too large for an account")?;
         self.accounts.apply(&posting).map_err(|e| e.to_string())?;
-        out.push(Effect::Persist(vec![Change::Post { posting, at: now.utc }]));
+        let mut changes = vec![Change::Post { posting, at: now.utc }];
+        let shares = self.fair.note(&receipt).into_iter();
+        changes.extend(shares.map(|(name, account)| put(SHARES, name.as_str().as_bytes(), &account)));
+        out.push(Effect::Persist(changes));
         let Some(part) = self.part_mut(key) else {
             return Err("no such part".into());
         };
@@ -233,6 +236,10 @@ impl Controller {
             let cause = part.cause.clone();
             self.set_part(now, &key, state, cause, out);
             return;
+        }
+        let reclaimed = usage.outcome == Outcome::Reclaimed;
+        if done || reclaimed {
+            self.market.note_watched(&node, usage.meters.device_ms, reclaimed);
         }
         if done {
             part.result = usage.result;

@@ -157,7 +157,7 @@ impl Controller {
     }
 
     /// How many parts of this order could run at once on the nodes known now.
-    fn slots(&self, order: &Order) -> u64 {
+    pub(super) fn slots(&self, order: &Order) -> u64 {
         let request = request(order, 1, Credits(u64::MAX), &[]);
         let (able, _) = placement::survey(&self.market, &request, &self.policy);
         let free = |c: &placement::Candidate| {
@@ -335,7 +335,7 @@ impl Controller {
 }
 
 /// Wishes that no market could ever meet.
-fn contradictions(order: &Order) -> Result<(), Denial> {
+pub(super) fn contradictions(order: &Order) -> Result<(), Denial> {
     let c = &order.constraints;
     let no = |why: String| Err(Denial::Order(why));
     if !c.countries.is_empty() && c.countries.iter().all(|code| c.countries_excluded.contains(code)) {

@@ -4,19 +4,22 @@ use super::{
     ControllerConfig, Effect, Event, Member, Reply,
     accounting::{ANSWERS, Books, GRANTS, LIMITS, PAYMENTS, RATES},
     admission::{INVITATIONS, MEMBERS, Redeemed},
+    guide::Guide,
     job::{JOBS, Job, PARTS, Part},
 };
 use crate::{
-    id::{Digest, JobId, LeaseKey},
+    fair::FairShare,
+    id::{Digest, Institution, JobId, LeaseKey},
     key::{NodeId, PublicKey, SchedulerId},
     market::Market,
     money::Accounts,
     placement::{Plan, Policy},
     prelude::*,
     store::{Stored, StoredError, read},
-    unit::{DeviceMillis, Millis, MonoMillis, Now, Rate, UtcMillis},
+    unit::{Credits, DeviceMillis, Millis, MonoMillis, Now, Rate, UtcMillis},
 };
 pub(super) const SPENT: &str = "spent";
+pub(super) const SHARES: &str = "shares";
 /// How far ahead of our clock an order may be dated.
 pub(super) const CLOCK_SKEW_MAX: Millis = Millis(300_000);
 /// Judgements of nodes per millisecond that placing may spend: with more waiting, the looks come less often.
@@ -58,6 +61,12 @@ pub struct Controller {
     pub(super) look_at: MonoMillis,
     /// Judgements the last look took.
     pub(super) judged: u64,
+    /// Whose turn it is.
+    pub(super) fair: FairShare,
+    /// What the slow path last advised, if anything is scarce.
+    pub(super) guide: Option<Guide>,
+    /// When it may be asked again.
+    pub(super) guide_at: MonoMillis,
 }
 
 pub(super) struct Claim {
@@ -67,6 +76,8 @@ pub(super) struct Claim {
     pub(super) granted: bool,
     /// Past it, the node is not believed to hold the lease any more.
     pub(super) deadline: MonoMillis,
+    /// For whom, and at what worth, it counts as running.
+    pub(super) counted: Option<(Institution, Credits)>,
 }
 
 impl Controller {
@@ -82,6 +93,7 @@ impl Controller {
         RATES,
         LIMITS,
         PAYMENTS,
+        SHARES,
     ];
 
     /// The mind as it was when the process last lived, with the book's balances. Follow with [`Event::Started`].
@@ -96,7 +108,7 @@ impl Controller {
             config,
             id,
             policy: Policy::default(),
-            market: Market::default(),
+            market: Market::new(Policy::default()),
             members: BTreeMap::new(),
             invitations: BTreeMap::new(),
             accounts,
@@ -114,6 +126,9 @@ impl Controller {
             retry_at: None,
             look_at: MonoMillis::ZERO,
             judged: 0,
+            fair: FairShare::default(),
+            guide: None,
+            guide_at: MonoMillis::ZERO,
         };
         let bad = |pair: &Stored, why: &str| StoredError {
             table: pair.table.clone(),
@@ -164,6 +179,11 @@ impl Controller {
                         .and_then(|name| name.parse().ok());
                     let name = name.ok_or_else(|| bad(pair, "the key names no institution"))?;
                     c.books.limits.insert(name, read(pair)?);
+                }
+                SHARES => {
+                    let name = core::str::from_utf8(&pair.key).ok().and_then(|n| n.parse().ok());
+                    let name = name.ok_or_else(|| bad(pair, "the key is no institution"))?;
+                    c.fair.restore(name, read(pair)?);
                 }
                 _ => {}
             }

@@ -8,6 +8,7 @@
 mod accounting;
 mod admission;
 mod billing;
+mod guide;
 mod job;
 mod jobs;
 mod mind;
@@ -22,7 +23,7 @@ pub use admission::{Member, REDEMPTIONS_MAX};
 pub use job::{Job, JobState, Part, PartState};
 pub use jobs::{ORDER_LIFE_MAX, SPENT_MAX};
 pub use mind::Controller;
-pub use view::{Explanation, JobView, LogLine, NodeStatus, PartView};
+pub use view::{Explanation, JobView, LogLine, NodeStatus, PartView, Start};
 
 use crate::{
     exchange::{ToNode, ToScheduler},

@@ -2,49 +2,109 @@
 use super::mind::{BACKOFF, Claim, Controller};
 use super::{
     Effect,
+    guide::shape_of,
     job::{Job, JobState},
 };
 use crate::{
     exchange::{Holder, LeaseAsk, ToNode},
-    id::{Digest, JobId, LeaseKey, PartIndex},
+    fair::Turn,
+    id::{Digest, Institution, JobId, LeaseKey, PartIndex},
     key::NodeId,
-    placement::{self, Plan, Request},
+    placement::{self, Matcher, Plan, Request},
     prelude::*,
     records::Order,
     unit::{Bytes, Credits, DeviceMillis, Millis, MonoMillis, Now, Rate, UtcMillis},
 };
-use alloc::boxed::Box;
+use alloc::{
+    boxed::Box,
+    collections::{BinaryHeap, VecDeque},
+};
+use core::cmp::Reverse;
 
 /// A part that found no other node for so long tries those again that failed at it.
 const FORGIVE_AFTER: Millis = Millis(60_000);
 
+/// One job on its way through a look: what is still to be tried, and what was found out on the way.
+struct Trial {
+    id: JobId,
+    waiting: VecDeque<PartIndex>,
+    /// Parts that differ in nothing that matters are refused alike: one refusal speaks for the rest.
+    refused: Option<(u64, Vec<NodeId>, placement::Refusal)>,
+    /// Parts of the same size cost the same on every class.
+    matcher: Option<(u64, Matcher)>,
+}
+
 impl Controller {
-    /// Places what can be placed, oldest job first. A part that fits nowhere never holds up the ones behind it.
+    /// Places what can be placed. Institutions take turns part by part, the one furthest under its share first; of
+    /// its jobs the oldest comes first. A part that fits nowhere never holds up the ones behind it.
     pub(super) fn place_all(&mut self, now: Now, out: &mut Vec<Effect>) {
-        let order: Vec<JobId> = self.queue.iter().map(|(_, id)| *id).collect();
+        self.consult(now);
+        if self.guide.is_some() {
+            // First as the slow path advises. What that leaves free is anybody's, at its shadow price.
+            self.look(now, true, out);
+        }
+        self.look(now, false, out);
+    }
+
+    fn look(&mut self, now: Now, guided: bool, out: &mut Vec<Effect>) {
+        let mut queues: BTreeMap<Institution, VecDeque<JobId>> = BTreeMap::new();
+        for (_, id) in &self.queue {
+            if let Some(job) = self.jobs.get(id) {
+                let queue = queues.entry(job.order.institution.clone()).or_default();
+                queue.push_back(*id);
+            }
+        }
+        let targets = self.fair.targets(now.utc, queues.keys());
+        let mut turns: BinaryHeap<Reverse<(Turn, Institution)>> = targets
+            .iter()
+            .map(|(name, target)| Reverse((self.fair.turn(now.utc, name, *target), (*name).clone())))
+            .collect();
+        let targets: BTreeMap<Institution, u64> =
+            targets.into_iter().map(|(name, t)| (name.clone(), t)).collect();
+        let mut trials: BTreeMap<Institution, Trial> = BTreeMap::new();
         let mut free = self.market.any_free();
-        for id in order {
-            // Nothing is free anywhere: only parts without a reason still need one.
-            let told = |job: &Job| {
-                job.parts
-                    .iter()
-                    .all(|p| p.state != JobState::Queued || !p.cause.is_empty())
-            };
-            if !free && self.jobs.get(&id).is_some_and(told) {
+        while let Some(Reverse((_, name))) = turns.pop() {
+            let Some(queue) = queues.get_mut(&name) else {
                 continue;
-            }
-            if self.place_job(now, id, out) {
+            };
+            let Some(id) = queue.front().copied() else {
+                continue;
+            };
+            let mut trial = match trials.remove(&name) {
+                Some(trial) if trial.id == id => trial,
+                _ => match self.trial(id, free) {
+                    Some(trial) => trial,
+                    None => {
+                        queue.pop_front();
+                        let target = targets.get(&name).copied().unwrap_or(1);
+                        turns.push(Reverse((self.fair.turn(now.utc, &name, target), name)));
+                        continue;
+                    }
+                },
+            };
+            if self.place_next(now, &mut trial, guided, out) {
                 free = self.market.any_free();
+                trials.insert(name.clone(), trial);
+            } else {
+                queue.pop_front();
             }
+            let target = targets.get(&name).copied().unwrap_or(1);
+            turns.push(Reverse((self.fair.turn(now.utc, &name, target), name)));
         }
     }
 
-    /// Says whether something was asked for.
-    fn place_job(&mut self, now: Now, id: JobId, out: &mut Vec<Effect>) -> bool {
-        let Some(job) = self.jobs.get(&id) else {
-            return false;
+    /// What is to be tried of a job; nothing when nothing is free anywhere and all its parts have a reason.
+    fn trial(&mut self, id: JobId, free: bool) -> Option<Trial> {
+        let job = self.jobs.get(&id)?;
+        let told = |job: &Job| {
+            job.parts
+                .iter()
+                .all(|p| p.state != JobState::Queued || !p.cause.is_empty())
         };
-        let waiting: Vec<PartIndex> = (0u32..)
+        if !free && told(job) {
+            return None;
+        }
+        let waiting: VecDeque<PartIndex> = (0u32..)
             .zip(&job.parts)
             .filter(|(i, p)| p.state == JobState::Queued && job.is_next(*i))
             .map(|(i, _)| i)
@@ -52,50 +112,113 @@ impl Controller {
         if job.order.work.in_sequence() {
             self.give_what_is_left(id, &waiting);
         }
-        // Parts that differ in nothing that matters are refused alike: one refusal speaks for the rest.
-        let mut refused: Option<(u64, Vec<NodeId>, placement::Refusal)> = None;
-        let (mut asked, mut changed) = (false, false);
-        for index in waiting {
-            let Some(job) = self.jobs.get(&id) else { break };
+        Some(Trial {
+            id,
+            waiting,
+            refused: None,
+            matcher: None,
+        })
+    }
+
+    /// Parts that follow each other are never in flight together: each may cost what those before it left.
+    fn give_what_is_left(&mut self, id: JobId, parts: &VecDeque<PartIndex>) {
+        let Some(job) = self.jobs.get_mut(&id) else { return };
+        let left = job.reserved.saturating_sub(job.spent);
+        for part in parts {
+            if let Some(part) = job.parts.get_mut(*part as usize) {
+                part.ceiling = left;
+            }
+        }
+    }
+
+    /// Asks for the next part of a job that fits somewhere. Says whether there was one.
+    fn place_next(&mut self, now: Now, trial: &mut Trial, guided: bool, out: &mut Vec<Effect>) -> bool {
+        let mut changed = false;
+        let mut asked = false;
+        while let Some(index) = trial.waiting.pop_front() {
+            let Some(job) = self.jobs.get(&trial.id) else {
+                break;
+            };
             let part = &job.parts[index as usize];
             if part.not_before > now.mono {
                 let at = part.not_before;
                 self.hold_back(at);
                 continue;
             }
-            let alike = refused
+            let shape = if guided {
+                shape_of(&job.order)
+            } else {
+                Digest([0; 32])
+            };
+            let quota = self.guide.as_ref().and_then(|guide| guide.quotas.get(&shape));
+            if guided && quota.is_none() {
+                break;
+            }
+            let alike = trial
+                .refused
                 .as_ref()
                 .is_some_and(|(items, avoid, _)| part.items >= *items && part.avoid == *avoid);
             if !alike {
-                let request = request(&job.order, part.items, part.ceiling, &part.avoid);
-                self.judged += self.market.len() as u64;
-                match placement::place(&self.market, &request, &self.policy) {
-                    Ok(plan) => {
-                        let plan = self.stay(id, index, plan);
-                        self.ask(now, id, index, plan, out);
+                let mut request = request(&job.order, part.items, part.ceiling, &part.avoid);
+                request.turn = turn_of(&job.key(index));
+                let known = trial.matcher.take().filter(|(items, _)| *items == part.items);
+                let make = || {
+                    let allowed = |group| quota.is_none_or(|quota| quota.contains_key(&group));
+                    (part.items, Matcher::within(&self.market, &request, allowed))
+                };
+                let (_, ready) = trial.matcher.insert(known.unwrap_or_else(make));
+                self.judged += 1;
+                match ready.place(&self.market, &request) {
+                    Some(plan) => {
+                        if guided && self.spend_quota(&shape, &plan) {
+                            trial.matcher = None;
+                        }
+                        let plan = self.stay(trial.id, index, plan);
+                        self.ask(now, trial.id, index, plan, out);
                         asked = true;
-                        continue;
+                        break;
                     }
-                    Err(refusal) => refused = Some((part.items, part.avoid.clone(), refusal)),
+                    // Where the advice does not reach, the second look does.
+                    None if guided => break,
+                    None => {
+                        self.judged += self.market.len() as u64;
+                        let why = placement::refuse(&self.market, &request, &self.policy);
+                        trial.refused = Some((part.items, part.avoid.clone(), why));
+                    }
                 }
             }
-            if let Some((_, _, refusal)) = &refused {
-                changed |= self.wait(now, id, index, refusal);
+            if let Some((_, _, refusal)) = &trial.refused {
+                changed |= self.wait(now, trial.id, index, refusal);
             }
         }
         if changed {
-            out.push(Effect::Changed(id));
+            out.push(Effect::Changed(trial.id));
         }
         asked
     }
 
-    /// Parts that follow each other are never in flight together: each may cost what those before it left.
-    fn give_what_is_left(&mut self, id: JobId, parts: &[PartIndex]) {
-        let Some(job) = self.jobs.get_mut(&id) else { return };
-        let left = job.reserved.saturating_sub(job.spent);
-        for part in parts {
-            if let Some(part) = job.parts.get_mut(*part as usize) {
-                part.ceiling = left;
+    /// Takes one from what the advice allows that shape there. Says whether that was the last.
+    fn spend_quota(&mut self, shape: &Digest, plan: &Plan) -> bool {
+        let group = self.market.get(&plan.chosen.node).and_then(|listing| {
+            let i = listing
+                .offer
+                .devices
+                .iter()
+                .position(|d| d.class == plan.chosen.device_class)?;
+            listing.groups.get(i).copied()
+        });
+        let quota = self.guide.as_mut().and_then(|guide| guide.quotas.get_mut(shape));
+        let (Some(group), Some(quota)) = (group, quota) else {
+            return false;
+        };
+        match quota.get_mut(&group) {
+            Some(left) if *left > 1 => {
+                *left -= 1;
+                false
+            }
+            _ => {
+                quota.remove(&group);
+                true
             }
         }
     }
@@ -209,14 +332,14 @@ impl Controller {
         let Some(model) = order.work.model() else {
             return out;
         };
-        for (node, listing) in self.market.iter() {
+        for handle in self.market.holders(&model.digest) {
             if out.len() > 4 {
                 break;
             }
-            if listing.connected
-                && listing.offer.cached.contains(&model.digest)
-                && !listing.offer.artifact_addrs.is_empty()
-            {
+            let Some((node, listing)) = self.market.at(handle) else {
+                continue;
+            };
+            if listing.connected && !listing.offer.artifact_addrs.is_empty() {
                 out.push(Holder {
                     key: node.0,
                     addrs: listing.offer.artifact_addrs.clone(),
@@ -232,6 +355,14 @@ impl Controller {
         let node = plan.chosen.node;
         let class = plan.chosen.device_class.clone();
         self.market.take(&node, &class, 1);
+        let counted = self.jobs.get(&key.job).map(|job| {
+            let time = DeviceMillis(plan.chosen.duration.0);
+            let donated = self.fair.shares().donated.bill(time).unwrap_or_default();
+            (job.order.institution.clone(), plan.chosen.cost.max(donated))
+        });
+        if let Some((institution, worth)) = &counted {
+            self.fair.start(institution, *worth);
+        }
         self.claims_of.entry(node).or_default().insert(key);
         self.deadlines.insert((deadline, key));
         self.claims.insert(
@@ -242,6 +373,7 @@ impl Controller {
                 devices: 1,
                 granted,
                 deadline,
+                counted,
             },
         );
     }
@@ -265,6 +397,9 @@ impl Controller {
             }
         }
         self.market.give_back(&claim.node, &claim.class, claim.devices);
+        if let Some((institution, worth)) = &claim.counted {
+            self.fair.stop(institution, *worth);
+        }
         self.look_again = true;
         Some(claim)
     }
@@ -299,6 +434,8 @@ pub(super) fn request<'a>(
         memory,
         ceiling,
         avoid,
+        devices: 1,
+        turn: 0,
     }
 }
 
@@ -307,4 +444,17 @@ pub(super) fn device_limit(rate: Rate, ceiling: Credits, longest: Millis) -> Dev
     let affordable = (u128::from(ceiling.0) * 3_600_000).checked_div(u128::from(rate.0));
     let affordable = affordable.map_or(u64::MAX, |ms| u64::try_from(ms).unwrap_or(u64::MAX));
     DeviceMillis(affordable.min(longest.0))
+}
+
+/// Spreads equals: of two parts, or two schedulers, hardly any take the same turn.
+fn turn_of(key: &LeaseKey) -> u32 {
+    let start = key
+        .job
+        .0
+        .0
+        .first_chunk()
+        .map_or(0, |bytes| u32::from_le_bytes(*bytes));
+    let step = key.part.wrapping_add(key.fence as u32).wrapping_add(1);
+    // The golden ratio's share of 2³²: consecutive steps land far apart.
+    start.wrapping_add(step.wrapping_mul(0x9e37_79b9))
 }

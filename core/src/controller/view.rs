@@ -7,7 +7,7 @@ use crate::{
     placement::{Candidate, Refusal},
     prelude::*,
     records::{Meters, Offer, Order, Verified},
-    unit::{Credits, Rate, UtcMillis},
+    unit::{Credits, Millis, Rate, UtcMillis},
 };
 
 /// A job as its user sees it.
@@ -112,8 +112,25 @@ pub struct Explanation {
     pub candidates: Vec<Candidate>,
     /// Why the others could not.
     pub refusal: Refusal,
+    /// What the whole job would be billed on the cheapest and on the dearest of them, at most its ceiling.
+    pub cost: Option<(Credits, Credits)>,
+    /// When the part would start.
+    pub starts: Start,
     /// One sentence.
     pub summary: String,
+}
+
+/// When work that waits is expected to start.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Start {
+    /// Something that can run it is free.
+    Now,
+    /// When what runs there is expected to end, those that are queued before it counted.
+    In(Millis),
+    /// What can run it is held by others, paused or away: nobody here knows for how long.
+    Unknown,
+    /// Nothing known could ever run it.
+    Never,
 }
 
 /// A node as the scheduler knows it.
@@ -135,6 +152,7 @@ use super::{
     Denial,
     admission::Member,
     job::{Job, Part},
+    jobs::contradictions,
     mind::Controller,
     placing::request,
 };
@@ -203,54 +221,140 @@ impl Controller {
         self.jobs.get(id).map(|job| job.log.clone()).unwrap_or_default()
     }
 
-    /// Where the first part of such an order would run now, by the very judgement that places.
-    pub fn explain_order(&self, _now: Now, order: &Order) -> Explanation {
-        let items = if order.items_per_part > 0 {
-            order.items.min(order.items_per_part.into())
-        } else {
-            order.items
+    /// Where the first part of such an order would run now, by the very judgement that places, cut as it would be cut.
+    pub fn explain_order(&self, now: Now, order: &Verified<Order>) -> Explanation {
+        if let Err(why) = contradictions(order) {
+            return Explanation {
+                known: u32::try_from(self.market.len()).unwrap_or(u32::MAX),
+                candidates: Vec::new(),
+                refusal: Refusal::default(),
+                cost: None,
+                starts: Start::Never,
+                summary: why.to_string(),
+            };
+        }
+        let job = Job::new(order.clone(), String::new(), now.utc, self.slots(order));
+        let Some(part) = job.parts.first() else {
+            return self.explain(now, order, 1, order.credits_max, &[], None);
         };
-        let ceiling = u128::from(order.credits_max.0) * u128::from(items) / u128::from(order.items.max(1));
-        self.explain(
-            order,
-            items,
-            Credits(u64::try_from(ceiling).unwrap_or(u64::MAX)),
-            &[],
-        )
+        self.explain(now, order, part.items, part.ceiling, &[], None)
     }
 
     /// Why the first waiting part of a job waits, or where its next one would run.
-    pub fn explain_job(&self, _now: Now, id: &JobId) -> Option<Explanation> {
+    pub fn explain_job(&self, now: Now, id: &JobId) -> Option<Explanation> {
         let job = self.jobs.get(id)?;
         let part = job
             .parts
             .iter()
             .find(|p| p.state == JobState::Queued)
             .or(job.parts.first())?;
-        Some(self.explain(&job.order, part.items, part.ceiling, &part.avoid))
+        let place = (job.submitted_at, job.id);
+        Some(self.explain(
+            now,
+            &job.order,
+            part.items,
+            part.ceiling,
+            &part.avoid,
+            Some(place),
+        ))
     }
 
-    fn explain(&self, order: &Order, items: u64, ceiling: Credits, avoid: &[NodeId]) -> Explanation {
+    fn explain(
+        &self,
+        now: Now,
+        order: &Order,
+        items: u64,
+        ceiling: Credits,
+        avoid: &[NodeId],
+        place: Option<(UtcMillis, JobId)>,
+    ) -> Explanation {
         let request = request(order, items, ceiling, avoid);
         let (candidates, refusal) = placement::survey(&self.market, &request, &self.policy);
+        let whole = |part: Credits| {
+            let all = u128::from(part.0) * u128::from(order.items) / u128::from(items.max(1));
+            Credits(u64::try_from(all).unwrap_or(u64::MAX)).min(order.credits_max)
+        };
+        let costs = || candidates.iter().map(|c| c.cost);
+        let cost = costs()
+            .min()
+            .zip(costs().max())
+            .map(|(low, high)| (whole(low), whole(high)));
+        let starts = if candidates.iter().any(|c| !c.busy) {
+            Start::Now
+        } else {
+            match self.next_end(now, &candidates, place) {
+                Some(wait) => Start::In(wait),
+                None if !candidates.is_empty() || refusal.passes_with_time() => Start::Unknown,
+                None => Start::Never,
+            }
+        };
+        let when = match starts {
+            Start::In(wait) => format!("; expected to start in about {} s", wait.0.div_ceil(1_000)),
+            Start::Now | Start::Unknown | Start::Never => String::new(),
+        };
         let summary = match candidates.iter().find(|c| !c.busy) {
             Some(best) => format!(
-                "{} of {} nodes can run it; cheapest is {} ({}, {}) at about {} credits",
+                "{} of {} nodes can run it; cheapest is {} ({}, {}) at about {} credits; the whole job about {} to {}",
                 candidates.len(),
                 refusal.known,
                 best.name,
                 best.institution,
                 best.country,
-                best.cost
+                best.cost,
+                cost.unwrap_or_default().0,
+                cost.unwrap_or_default().1,
             ),
-            None => refusal.to_string(),
+            None => format!("{refusal}{when}"),
         };
         Explanation {
             known: refusal.known,
             candidates,
             refusal,
+            cost,
+            starts,
             summary,
         }
+    }
+
+    /// How long until a device of the candidates is expected to be free for work at that place in the queue.
+    fn next_end(
+        &self,
+        now: Now,
+        candidates: &[placement::Candidate],
+        place: Option<(UtcMillis, JobId)>,
+    ) -> Option<Millis> {
+        let mut ends: Vec<Millis> = Vec::new();
+        for candidate in candidates {
+            for key in self.claims_of.get(&candidate.node).into_iter().flatten() {
+                let Some(part) = self.part(key) else { continue };
+                let Some(plan) = part
+                    .plan
+                    .as_ref()
+                    .filter(|p| p.chosen.device_class == candidate.device_class)
+                else {
+                    continue;
+                };
+                let end = part
+                    .asked_at
+                    .after(plan.chosen.transfer)
+                    .after(plan.chosen.duration);
+                ends.push(Millis(end.0.saturating_sub(now.utc.0)));
+            }
+        }
+        ends.sort_unstable();
+        let before = self
+            .queue
+            .iter()
+            .take_while(|p| place.is_none_or(|place| **p < place));
+        let waiting = |(_, id): &(UtcMillis, JobId)| {
+            let job = self.jobs.get(id)?;
+            Some(job.parts.iter().filter(|p| p.state == JobState::Queued).count())
+        };
+        let ahead: usize = before.filter_map(waiting).sum();
+        // Rounds of all those devices, each as long as the last of them takes now.
+        let (rounds, rest) = (ahead / ends.len().max(1), ahead % ends.len().max(1));
+        let round = ends.last()?.0.saturating_mul(rounds as u64);
+        Some(Millis(ends.get(rest)?.0.saturating_add(round)))
     }
 
     /// Every node heard of lately.

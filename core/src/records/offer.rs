@@ -234,6 +234,12 @@ impl Record for Offer {
                 method: f.text("engines.method", e.method, 32)?,
             })
         };
+        // Leases name a class of device: a second entry of the same could never be counted.
+        let mut classes: Vec<&str> = w.devices.iter().map(|d| d.class.as_str()).collect();
+        classes.sort_unstable();
+        if classes.windows(2).any(|pair| pair[0] == pair[1]) {
+            return Err(f.bad("devices.class", "names a class twice"));
+        }
         let issued_at = UtcMillis(f.within("issued_at", w.issued_at, UTC_MAX)?);
         let expires_at = UtcMillis(f.within("expires_at", w.expires_at, UTC_MAX)?);
         if expires_at <= issued_at {

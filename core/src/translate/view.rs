@@ -1,6 +1,6 @@
 //! What questions are answered with.
 use crate::{
-    controller::{Explanation, JobView, LogLine, NodeStatus, PartView},
+    controller::{Explanation, JobView, LogLine, NodeStatus, PartView, Start},
     placement::{Candidate, Exclusion},
     prelude::*,
     records::Record,
@@ -93,6 +93,12 @@ impl From<Exclusion> for wire::Exclusion {
 impl From<Explanation> for wire::ExplainReply {
     fn from(explanation: Explanation) -> Self {
         let feasible = explanation.candidates.iter().filter(|c| !c.busy).count();
+        let (starts, starts_in_ms) = match explanation.starts {
+            Start::Now => ("now", 0),
+            Start::In(wait) => ("later", wait.0),
+            Start::Unknown => ("unknown", 0),
+            Start::Never => ("never", 0),
+        };
         Self {
             nodes_known: explanation.known,
             nodes_feasible: u32::try_from(feasible).unwrap_or(u32::MAX),
@@ -105,6 +111,10 @@ impl From<Explanation> for wire::ExplainReply {
             candidates: explanation.candidates.into_iter().map(Into::into).collect(),
             summary: explanation.summary,
             job: None,
+            cost_low: explanation.cost.map(|(low, _)| low.0),
+            cost_high: explanation.cost.map(|(_, high)| high.0),
+            starts: starts.into(),
+            starts_in_ms,
         }
     }
 }

@@ -1,0 +1,420 @@
+use super::*;
+use crate::market::tests::{NOW, market_of, node_of, offer_of, secret_of};
+
+/// What the words of a request set: `gpu<=9,in:KE,not:BR,of:uni-nairobi,mem:8,budget:10,donated,avoid:a`.
+struct Wish {
+    constraints: Constraints,
+    ceiling: Credits,
+    avoid: Vec<NodeId>,
+}
+
+fn wish_of(text: &str) -> Wish {
+    let mut words = text.split(',');
+    let device = words.next().unwrap();
+    let mut wish = Wish {
+        constraints: Constraints::default(),
+        ceiling: Credits(u64::MAX),
+        avoid: Vec::new(),
+    };
+    let c = &mut wish.constraints;
+    match device.split_once("<=") {
+        Some((class, rate)) => {
+            c.device = class.into();
+            c.rate_max = Some(Rate(rate.parse::<u64>().unwrap() * 1_000_000));
+        }
+        None => c.device = device.into(),
+    }
+    for word in words {
+        match word.split_once(':') {
+            None => c.donated_only = word == "donated",
+            Some(("in", code)) => c.countries.push(code.parse().unwrap()),
+            Some(("not", code)) => c.countries_excluded.push(code.parse().unwrap()),
+            Some(("of", name)) => c.institutions.push(name.parse().unwrap()),
+            Some(("mem", gib)) => c.memory = Bytes(gib.parse::<u64>().unwrap() << 30),
+            Some(("budget", credits)) => wish.ceiling = credits.parse().unwrap(),
+            Some(("avoid", name)) => wish.avoid.push(node_of(name)),
+            Some(other) => panic!("{other:?}"),
+        }
+    }
+    wish
+}
+
+fn request_of(wish: &Wish) -> Request<'_> {
+    Request {
+        kind: WorkKind::Noop,
+        // An hour on a device of usual speed.
+        units: 3_600,
+        fixed: Millis::ZERO,
+        artifacts: Vec::new(),
+        constraints: &wish.constraints,
+        memory: Bytes::ZERO,
+        ceiling: wish.ceiling,
+        avoid: &wish.avoid,
+        devices: 1,
+        turn: 0,
+    }
+}
+
+fn describe(got: &Result<Plan, Refusal>) -> String {
+    match got {
+        Ok(plan) => {
+            let others: Vec<&str> = plan.alternatives.iter().map(|c| c.name.as_str()).collect();
+            format!(
+                "{} of {}, then {}",
+                plan.chosen.name,
+                plan.feasible,
+                others.join(" ")
+            )
+            .trim_end_matches(", then ")
+            .into()
+        }
+        Err(refusal) => format!("refused: {refusal}"),
+    }
+}
+
+#[test]
+fn cheapest_fit_wins_and_a_refusal_says_what_would_fit() {
+    for (name, market, wish, expected) in [
+        ("one fits", "a:1gpu@5", "gpu<=9", "a of 1"),
+        ("cheaper wins", "a:1gpu@5 b:1gpu@3", "gpu<=9", "b of 2, then a"),
+        ("donated wins", "a:1gpu@1 b:1gpu@0", "gpu", "b of 2, then a"),
+        (
+            "cheap but slow loses",
+            "a:1gpu@4 b:1gpu@8,fast",
+            "gpu",
+            "b of 2, then a",
+        ),
+        ("busy is left out", "a:1gpu@1,busy b:1gpu@3", "gpu", "b of 1"),
+        (
+            "too dear",
+            "a:1gpu@5 b:1gpu@7",
+            "gpu<=4",
+            "refused: none of 2 known nodes can run it: 2 excluded by price (the cheapest asks 5.000000 credits/h)",
+        ),
+        (
+            "not donated",
+            "a:1gpu@5",
+            "gpu,donated",
+            "refused: none of 1 known nodes can run it: 1 excluded by price (the cheapest asks 5.000000 credits/h)",
+        ),
+        (
+            "another country",
+            "a:1gpu@5,BR b:1gpu@5,VN c:1gpu@9,KE",
+            "gpu,in:KE",
+            "c of 1",
+        ),
+        (
+            "no such country",
+            "a:1gpu@5,BR b:1gpu@5,VN",
+            "gpu,in:KE",
+            "refused: none of 2 known nodes can run it: 2 excluded by country (nodes are in BR, VN)",
+        ),
+        (
+            "excluded country",
+            "a:1gpu@5,BR",
+            "gpu,not:BR",
+            "refused: none of 1 known nodes can run it: 1 excluded by country (nodes are in BR)",
+        ),
+        (
+            "another institution",
+            "a:1gpu@5,usp-brazil",
+            "gpu,of:uni-nairobi",
+            "refused: none of 1 known nodes can run it: 1 excluded by institution (nodes belong to usp-brazil)",
+        ),
+        (
+            "another device",
+            "a:1gpu@5",
+            "tpu",
+            "refused: none of 1 known nodes can run it: 1 excluded by device (nodes have gpu)",
+        ),
+        (
+            "no engine",
+            "a:1gpu@5,dumb",
+            "gpu",
+            "refused: none of 1 known nodes can run it: 1 excluded by engine",
+        ),
+        (
+            "too little memory",
+            "a:1gpu@5,4G b:1gpu@5,6G",
+            "gpu,mem:8",
+            "refused: none of 2 known nodes can run it: 2 excluded by memory (the nearest lacks 2048 MiB of device memory)",
+        ),
+        (
+            "too small a budget",
+            "a:1gpu@5 b:1gpu@6",
+            "gpu,budget:4.5",
+            "refused: none of 2 known nodes can run it: 2 excluded by budget (the cheapest would cost 5.000000 credits for this part: raise --max-cost)",
+        ),
+        (
+            "each for its own reason",
+            "a:1gpu@5,paused b:1gpu@5,gone c:1gpu@5 d:1gpu@5,busy",
+            "gpu,avoid:c",
+            "refused: none of 4 known nodes can run it: 1 excluded by open; 1 excluded by connected; 1 excluded by untried; 1 excluded by free device",
+        ),
+        (
+            "nobody there",
+            "",
+            "gpu",
+            "refused: no node is known to this scheduler yet: wait for one to join, or invite one",
+        ),
+    ] {
+        let wish = wish_of(wish);
+        let got = place(&market_of(market), &request_of(&wish), &Policy::default());
+        assert_eq!(describe(&got), expected, "{name}");
+    }
+}
+
+#[test]
+fn between_equals_the_most_free_wins_then_they_take_turns() {
+    let mut market = market_of("a:2gpu@5 b:2gpu@5");
+    let wish = wish_of("gpu");
+    let place = |m: &Market, turn| {
+        let request = Request {
+            turn,
+            ..request_of(&wish)
+        };
+        place(m, &request, &Policy::default()).unwrap().chosen.name
+    };
+    let names: BTreeSet<String> = (0..8).map(|turn| place(&market, turn)).collect();
+    assert_eq!(names.len(), 2, "equals are not herded");
+    for (busy, free) in [("a", "b"), ("b", "a")] {
+        market.take(&node_of(busy), "gpu", 1);
+        for turn in 0..8 {
+            assert_eq!(place(&market, turn), free);
+        }
+        market.give_back(&node_of(busy), "gpu", 1);
+    }
+}
+
+#[test]
+fn failures_raise_the_price_and_success_forgives() {
+    let mut market = market_of("a:1gpu@4 b:1gpu@5");
+    let wish = wish_of("gpu");
+    let place = |m: &Market| {
+        place(m, &request_of(&wish), &Policy::default())
+            .unwrap()
+            .chosen
+            .name
+    };
+    assert_eq!(place(&market), "a");
+    market.note_failure(&node_of("a"));
+    market.note_failure(&node_of("a"));
+    assert_eq!(place(&market), "b");
+    market.note_success(&node_of("a"), WorkKind::Noop, None);
+    assert_eq!(place(&market), "a");
+}
+
+#[test]
+fn what_only_time_changes_is_told_apart() {
+    for (market, wish, expected) in [
+        ("a:1gpu@5,busy", "gpu", true),
+        ("a:1gpu@5,paused", "gpu", true),
+        ("a:1gpu@5,gone", "gpu", true),
+        ("a:1gpu@5", "gpu,avoid:a", true),
+        ("a:1gpu@5", "tpu", false),
+        ("a:1gpu@5", "gpu<=4", false),
+        ("", "gpu", false),
+    ] {
+        let wish = wish_of(wish);
+        let refusal = place(&market_of(market), &request_of(&wish), &Policy::default()).unwrap_err();
+        assert_eq!(refusal.passes_with_time(), expected, "{market}");
+    }
+}
+
+#[test]
+fn work_that_takes_no_time_is_not_free_on_a_priced_device() {
+    let wish = wish_of("gpu,budget:0");
+    let request = Request {
+        units: 0,
+        ..request_of(&wish)
+    };
+    let got = place(&market_of("a:1gpu@5"), &request, &Policy::default());
+    assert!(got.unwrap_err().excluded_by(Requirement::Budget));
+    assert!(place(&market_of("a:1gpu@0"), &request, &Policy::default()).is_ok());
+}
+
+/// SplitMix64.
+struct Chance(u64);
+
+impl Chance {
+    fn below(&mut self, end: u64) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        (z ^ (z >> 31)) % end.max(1)
+    }
+    fn pick<T: Copy>(&mut self, from: &[T]) -> T {
+        from[self.below(from.len() as u64) as usize]
+    }
+}
+
+const COUNTRIES: [&str; 4] = ["KE", "BR", "VN", "DE"];
+const SCHOOLS: [&str; 3] = ["uni-nairobi", "usp-brazil", "hanoi"];
+const DEVICES: [&str; 3] = ["cpu/x86-64-v3", "cuda/a", "cuda/b"];
+
+fn artifact(n: u64) -> crate::id::Digest {
+    crate::id::Digest::of(&n.to_le_bytes())
+}
+
+fn random_offer(
+    chance: &mut Chance,
+    n: u64,
+    sequence: u64,
+) -> crate::records::Verified<crate::records::Offer> {
+    use crate::records::{Device, Engine, Signed};
+    let name = n.to_string();
+    let mut offer = offer_of(&format!("{name}:1gpu@1"), sequence).into_inner();
+    offer.country = chance.pick(&COUNTRIES).parse().unwrap();
+    offer.institution = chance.pick(&SCHOOLS).parse().unwrap();
+    offer.devices = (0..=chance.below(2))
+        .map(|i| {
+            let count = chance.pick(&[0, 1, 1, 2, 4, 8]);
+            Device {
+                class: DEVICES[(i + chance.below(1 + i)) as usize].into(),
+                count,
+                free: count - chance.below(u64::from(count) + 1) as u32,
+                memory: Bytes(chance.pick(&[8, 16, 80]) << 30),
+                rate: Rate(chance.pick(&[0, 0, 1_000_000, 1_500_000, 2_000_000]) * (1 + chance.below(2))),
+            }
+        })
+        .collect();
+    offer.engines = Vec::new();
+    for work in [WorkKind::Noop, WorkKind::Embed, WorkKind::Generate] {
+        if chance.below(5) > 0 {
+            offer.engines.push(Engine {
+                name: "any".into(),
+                version: "1".into(),
+                work,
+                speed: crate::unit::Speed(chance.pick(&[0, 1, 900, 1_000, 1_100, 50_000, 1_000_000_000_000])),
+                method: "probe/1".into(),
+            });
+        }
+    }
+    offer.cached = (0..4).filter(|_| chance.below(6) == 0).map(artifact).collect();
+    offer.state = chance.pick(&[
+        NodeState::Open,
+        NodeState::Open,
+        NodeState::Open,
+        NodeState::Paused,
+    ]);
+    Signed::sign(offer, &secret_of(&name))
+}
+
+/// Random markets through their changes: the index answers every request as a look at every node does.
+#[test]
+fn placing_through_the_index_is_placing_by_a_full_scan() {
+    let worlds = if std::env::var_os("KAREZ_LONG").is_some() {
+        5_000
+    } else {
+        60
+    };
+    let (mut placed, mut refused) = (0, 0);
+    for seed in 0..worlds {
+        let mut chance = Chance(seed);
+        let mut policy = Policy::default();
+        if seed % 3 == 0 {
+            policy.energy.watts.insert("cuda".into(), 400);
+            policy.energy.carbon_price = Credits(50_000);
+            policy.energy.carbon_max = (seed % 2 == 0).then_some(600);
+            for country in COUNTRIES {
+                let grid = Grid {
+                    price: Credits(chance.below(300_000)),
+                    grams: chance.below(900) as u32,
+                };
+                policy.energy.grids.insert(country.parse().unwrap(), grid);
+            }
+        }
+        let mut market = Market::new(policy.clone());
+        let mut sequence = 0;
+        for _ in 0..200 {
+            let n = chance.below(25);
+            let node = node_of(&n.to_string());
+            let class = chance.pick(&DEVICES);
+            match chance.below(16) {
+                0..=2 => {
+                    sequence += 1;
+                    let offer = random_offer(&mut chance, n, sequence);
+                    market.hear(NOW, node.0, offer).unwrap();
+                    market.set_connected(node, true);
+                }
+                3 => market.set_connected(node, chance.below(3) > 0),
+                4 => market.take(&node, class, chance.pick(&[1, 1, 2])),
+                5 => market.give_back(&node, class, 1),
+                6 => market.mark_full(&node, class),
+                7 => market.note_failure(&node),
+                8 => {
+                    let speed = crate::unit::Speed(chance.below(1 << 20));
+                    market.note_success(&node, WorkKind::Embed, Some(speed));
+                }
+                9 => {
+                    let time = crate::unit::DeviceMillis(chance.below(1 << 30));
+                    market.note_watched(&node, time, chance.below(3) == 0);
+                }
+                10 => {
+                    let prices: Vec<(u32, Rate)> = (0..9)
+                        .map(|g| (g, Rate(chance.below(3) * chance.below(2_000_000))))
+                        .collect();
+                    market.set_shadows(prices);
+                }
+                _ => {
+                    let mut constraints = Constraints::default();
+                    if chance.below(3) == 0 {
+                        constraints.countries = vec![chance.pick(&COUNTRIES).parse().unwrap()];
+                    }
+                    if chance.below(4) == 0 {
+                        constraints.institutions_excluded = vec![chance.pick(&SCHOOLS).parse().unwrap()];
+                    }
+                    constraints.device = chance.pick(&["", "", "cuda", "cuda/a", "tpu"]).into();
+                    constraints.memory = Bytes(chance.pick(&[0, 0, 16, 40]) << 30);
+                    constraints.donated_only = chance.below(6) == 0;
+                    constraints.rate_max = (chance.below(4) == 0).then(|| Rate(chance.below(4) * 1_000_000));
+                    let request = Request {
+                        kind: chance.pick(&[WorkKind::Noop, WorkKind::Embed, WorkKind::Generate]),
+                        units: chance.pick(&[0, 1, 1_000, 1_000_000, u64::MAX]),
+                        fixed: Millis(chance.pick(&[0, 0, 1_000, 3_600_000])),
+                        artifacts: (0..chance.below(3))
+                            .map(|n| (artifact(n), Bytes(n << 32)))
+                            .collect(),
+                        constraints: &constraints,
+                        memory: Bytes(chance.pick(&[0, 10]) << 30),
+                        ceiling: Credits(chance.pick(&[u64::MAX, u64::MAX, 1_000_000, 0])),
+                        avoid: &[node],
+                        devices: chance.pick(&[1, 1, 1, 2, 3]),
+                        turn: chance.below(1 << 32) as u32,
+                    };
+                    let (fast, slow) = (
+                        place(&market, &request, &policy),
+                        scan(&market, &request, &policy),
+                    );
+                    match (&fast, &slow) {
+                        (Ok(fast), Ok(slow)) => {
+                            placed += 1;
+                            assert_eq!(
+                                fast.chosen.score, slow.chosen.score,
+                                "seed {seed}: {fast:?} {slow:?}"
+                            );
+                            let listing = market.get(&fast.chosen.node).unwrap();
+                            let i = listing
+                                .offer
+                                .devices
+                                .iter()
+                                .position(|d| d.class == fast.chosen.device_class);
+                            assert!(listing.free(i.unwrap()) >= request.devices, "seed {seed}");
+                            assert!(fast.feasible >= slow.feasible, "seed {seed}");
+                        }
+                        (Err(fast), Err(slow)) => {
+                            refused += 1;
+                            assert_eq!(fast, slow, "seed {seed}");
+                        }
+                        _ => panic!("seed {seed}: {fast:?} but {slow:?}"),
+                    }
+                }
+            }
+        }
+    }
+    assert!(
+        placed > worlds * 5 && refused > worlds,
+        "{placed} placed, {refused} refused"
+    );
+}
