@@ -71,6 +71,19 @@ Examples:
     /// Everybody out, within the owner's grace
     #[command(after_help = "Example:\n  karez node reclaim")]
     Reclaim(WaitArgs),
+    /// Measure how fast models run here; offers say so from the node's next start on
+    #[command(after_help = "Examples:\n  karez node bench\n  karez node bench --small --model llama-3b.gguf")]
+    Bench(BenchArgs),
+}
+
+#[derive(Debug, Args)]
+struct BenchArgs {
+    /// Only the shipped model: seconds instead of minutes, and nothing for offers
+    #[arg(long)]
+    small: bool,
+    /// A GGUF file to measure too; may be given more than once
+    #[arg(long, value_name = "FILE")]
+    model: Vec<PathBuf>,
 }
 
 #[derive(Debug, Args)]
@@ -132,21 +145,61 @@ pub(crate) fn run(context: &Context, args: NodeArgs) -> Result<()> {
             NodeCommand::Open => show(context, &asked(control::command(&dir, Command::Open)).await?),
             NodeCommand::Drain(args) => leave(context, dir, Command::Drain, args.wait).await,
             NodeCommand::Reclaim(args) => leave(context, dir, Command::Reclaim, args.wait).await,
+            NodeCommand::Bench(args) => bench(context, dir, args).await,
         }
     });
     runtime.shutdown_timeout(Duration::from_secs(1));
     done
 }
 
+/// The engine is this very program in a process of its own; without one, only no-ops are offered.
+fn worker_program() -> Result<Option<WorkerProgram>> {
+    if !cfg!(feature = "engine") {
+        return Ok(None);
+    }
+    let own = std::env::current_exe().context("finding this program's own file")?;
+    Ok(Some(WorkerProgram::new(own)))
+}
+
+async fn bench(context: &Context, dir: PathBuf, args: BenchArgs) -> Result<()> {
+    let worker =
+        worker_program()?.ok_or_else(|| fault(Kind::Refused, "this build has no engine to measure"))?;
+    let said = |text: &str| eprintln!("{text}");
+    let mut models = Vec::new();
+    for path in &args.model {
+        models.push(path.canonicalize().with_context(|| path.display().to_string())?);
+    }
+    let speeds = karez_node::bench::bench(&dir, &worker, args.small, &models, said).await?;
+    let out = context.out;
+    if out.json {
+        out.json(&serde_json::to_value(&speeds)?);
+        return Ok(());
+    }
+    let right = |name| (name, Column::Right);
+    let mut table = Table::new(&[
+        ("MODEL", Column::Cut),
+        right("THREADS"),
+        right("PROMPT/S"),
+        right("DECODE/S"),
+        right("16 AT ONCE/S"),
+    ]);
+    let tokens = |milli: u64| format!("{:.1}", milli as f64 / 1000.0);
+    for speed in &speeds {
+        table.row(vec![
+            clean(&speed.class),
+            speed.threads.to_string(),
+            tokens(speed.prompt_milli),
+            tokens(speed.decode_milli),
+            tokens(speed.many_milli),
+        ]);
+    }
+    out.table(&table);
+    out.line("tokens per second on one CPU slot; median of 3");
+    Ok(())
+}
+
 async fn daemon(dir: PathBuf) -> Result<()> {
-    // The engine is this very program in a process of its own; without one, only no-ops are offered.
-    let worker = if cfg!(feature = "engine") {
-        Some(WorkerProgram::new(
-            std::env::current_exe().context("finding this program's own file")?,
-        ))
-    } else {
-        None
-    };
+    let worker = worker_program()?;
     let gpu = cfg!(any(feature = "cuda", feature = "vulkan", feature = "metal"));
     karez_node::run(&dir, RunOptions { worker, gpu }, process::told_to_stop()).await?;
     Ok(())

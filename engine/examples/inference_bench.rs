@@ -231,19 +231,29 @@ fn peer(backend: &LlamaBackend, model: &LlamaModel, plan: &Plan, threads: u16, t
         let tokens = tokens_of(plan.prompt, 0);
         let began = Instant::now();
         read(&mut context, &mut batch, &tokens, 0);
-        let mut token = sampler.sample(&context, -1);
+        let _ = sampler.sample(&context, -1);
         speed.prompt = tokens.len() as f64 / began.elapsed().as_secs_f64();
+
+        context.clear_kv_cache();
+        let tokens = tokens_of(plan.prompt, 7);
+        read(&mut context, &mut batch, &tokens, 0);
+        let mut token = sampler.sample(&context, -1);
+        let mut written = 0;
         let began = Instant::now();
-        for at in 0..plan.decode {
+        // A model may end its answer early, here as there.
+        while written < plan.decode && !vocab.is_eog(token) {
             batch.clear();
-            batch.add(token, (tokens.len() + at) as i32, &[0], true).unwrap();
+            batch
+                .add(token, (tokens.len() + written) as i32, &[0], true)
+                .unwrap();
             context.decode(&mut batch).unwrap();
             token = sampler.sample(&context, -1);
+            written += 1;
         }
-        speed.decode = plan.decode as f64 / began.elapsed().as_secs_f64();
+        speed.decode = written as f64 / began.elapsed().as_secs_f64();
     }
     let mut context = context(backend, model, 256, MANY, threads);
-    let prompts: Vec<Vec<LlamaToken>> = (0..MANY).map(|n| tokens_of(plan.many_prompt, n + 1)).collect();
+    let prompts: Vec<Vec<LlamaToken>> = (0..MANY).map(|n| tokens_of(plan.many_prompt, n + 20)).collect();
     read(&mut context, &mut batch, &prompts[0], 0);
     context.clear_kv_cache();
     let began = Instant::now();
@@ -269,20 +279,26 @@ fn peer(backend: &LlamaBackend, model: &LlamaModel, plan: &Plan, threads: u16, t
             last[sequence] = sampler.sample(&context, end);
         }
     }
-    for _ in 1..plan.many_decode {
+    let mut written = 0;
+    for at in 0..plan.many_decode {
+        let going: Vec<usize> = (0..MANY).filter(|n| !vocab.is_eog(last[*n])).collect();
+        written += going.len();
+        if going.is_empty() || at + 1 == plan.many_decode {
+            break;
+        }
         batch.clear();
-        for sequence in 0..MANY {
+        for sequence in &going {
             batch
-                .add(last[sequence], place[sequence], &[sequence as i32], true)
+                .add(last[*sequence], place[*sequence], &[*sequence as i32], true)
                 .unwrap();
-            place[sequence] += 1;
+            place[*sequence] += 1;
         }
         context.decode(&mut batch).unwrap();
-        for (sequence, last) in last.iter_mut().enumerate() {
-            *last = sampler.sample(&context, sequence as i32);
+        for (at, sequence) in (0..).zip(&going) {
+            last[*sequence] = sampler.sample(&context, at);
         }
     }
-    speed.many = (MANY * plan.many_decode) as f64 / began.elapsed().as_secs_f64();
+    speed.many = written as f64 / began.elapsed().as_secs_f64();
     speed
 }
 
@@ -308,7 +324,6 @@ async fn start(model: &Path, threads: u16) -> Worker {
     worker
 }
 
-/// Never ends before its time: the end of the text is made impossible.
 fn request(text: String, tokens: usize) -> Work {
     Work::Generate(Generate::greedy(Prompt::Raw { text }, tokens as u32))
 }
@@ -346,7 +361,7 @@ async fn through_worker(worker: &Worker, plan: &Plan, turn: usize) -> Speed {
     let (_, whole, _) = one(plan.prompt, 0, 1).await;
     speed.prompt = plan.prompt as f64 / whole;
     let (first, whole, written) = one(plan.prompt, 7, plan.decode + 1).await;
-    speed.decode = (written - 1) as f64 / (whole - first);
+    speed.decode = written.saturating_sub(1) as f64 / (whole - first);
     let began = Instant::now();
     let mut runs = Vec::new();
     for which in 0..MANY {

@@ -612,10 +612,9 @@ impl FrameBuffer {
             if self.bytes.len() >= 4 && wanted == 4 {
                 return Err(EngineError::protocol("an empty frame"));
             }
-            // Grows with what has come, not with what was announced.
+            // Grows with what has come, not with what was announced; several small frames come at once.
             let mut chunk = [0; 16 << 10];
-            let room = chunk.len().min(wanted - self.bytes.len());
-            match from.read(&mut chunk[..room]).await {
+            match from.read(&mut chunk).await {
                 Ok(0) => return Ok(None),
                 Ok(n) => self.bytes.extend_from_slice(&chunk[..n]),
                 Err(error) => return Err(EngineError::protocol(error)),

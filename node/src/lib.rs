@@ -7,6 +7,7 @@
 //! | [`config`] | `node.toml`, parsed once |
 //! | [`mod@init`] | making a node's directory from an invitation |
 //! | [`probe`] | what the machine can do, measured briefly |
+//! | [`mod@bench`] | what it does with models, measured at length |
 //! | [`daemon`] | the one loop that owns the agent; start at [`daemon::run`] |
 //! | [`runner`] | one lease: input lines in, result lines out |
 //! | [`control`] | the owner's socket: status, open, pause, drain, reclaim |
@@ -15,6 +16,7 @@
 
 mod advertise;
 mod artifacts;
+pub mod bench;
 pub mod config;
 pub mod control;
 pub mod daemon;

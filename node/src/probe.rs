@@ -2,7 +2,11 @@
 //!
 //! The measurement takes about 0.2 s, at the first start on a machine and after each update; later starts read it
 //! from the node's directory. It is an estimate to begin with (`probe/1`): schedulers soon know from finished work.
-use crate::{config::Limits, daemon::WorkerProgram};
+use crate::{
+    bench::{self, ClassSpeed},
+    config::Limits,
+    daemon::WorkerProgram,
+};
 use karez_core::{
     records::{Engine, WorkKind},
     unit::{Bytes, Speed},
@@ -86,6 +90,9 @@ struct Measured {
     isolation: Option<Isolation>,
     /// Why not.
     worker_error: String,
+    /// What `karez node bench` measured with the reference class.
+    #[serde(default)]
+    bench: Option<ClassSpeed>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -112,19 +119,9 @@ pub async fn probe(cache: &Path, limits: &Limits, worker: Option<&WorkerProgram>
         memory_free: karez_engine::unit::Bytes(0),
         gpus: Vec::new(),
     });
-    let threads = limits
-        .threads
-        .unwrap_or(machine.cores)
-        .clamp(1, machine.cores.max(1));
-    let slots = limits.cpu_slots.max(1);
-    let slot_threads = usize::from(threads).div_ceil(slots as usize).max(1);
-    let identity = Identity {
-        cpu: machine.cpu.clone(),
-        isa: machine.isa.to_string(),
-        threads: slot_threads.try_into().unwrap_or(u16::MAX),
-        version: env!("CARGO_PKG_VERSION").into(),
-        worker: worker.map(stamp).unwrap_or_default(),
-    };
+    let threads = threads_lent(limits, machine.cores);
+    let slot_threads = usize::from(per_slot(limits, threads));
+    let identity = identify(&machine, limits, worker);
     let measured = match recall(cache, &identity) {
         Some(measured) => measured,
         None => {
@@ -137,6 +134,51 @@ pub async fn probe(cache: &Path, limits: &Limits, worker: Option<&WorkerProgram>
         }
     };
     describe(machine, threads, limits, worker, gpu, &measured)
+}
+
+fn threads_lent(limits: &Limits, cores: u16) -> u16 {
+    limits.threads.unwrap_or(cores).clamp(1, cores.max(1))
+}
+
+fn per_slot(limits: &Limits, threads: u16) -> u16 {
+    let slots = u16::try_from(limits.cpu_slots.max(1)).unwrap_or(u16::MAX);
+    threads.div_ceil(slots).max(1)
+}
+
+/// Threads of one CPU slot of this machine.
+pub(crate) fn slot_threads(limits: &Limits) -> u16 {
+    per_slot(limits, threads_lent(limits, karez_engine::probe::cores()))
+}
+
+fn identify(
+    machine: &karez_engine::probe::Probe,
+    limits: &Limits,
+    worker: Option<&WorkerProgram>,
+) -> Identity {
+    Identity {
+        cpu: machine.cpu.clone(),
+        isa: machine.isa.to_string(),
+        threads: per_slot(limits, threads_lent(limits, machine.cores)),
+        version: env!("CARGO_PKG_VERSION").into(),
+        worker: worker.map(stamp).unwrap_or_default(),
+    }
+}
+
+/// Keeps what was measured beside the probe's own measurement, for the offers from the next start on.
+pub(crate) async fn keep_bench(
+    cache: &Path,
+    limits: &Limits,
+    worker: Option<&WorkerProgram>,
+    speed: &ClassSpeed,
+) {
+    probe(cache, limits, worker, false).await;
+    let Ok(machine) = tokio::task::spawn_blocking(karez_engine::probe::probe).await else {
+        return;
+    };
+    if let Some(mut measured) = recall(cache, &identify(&machine, limits, worker)) {
+        measured.bench = Some(speed.clone());
+        remember(cache, &measured);
+    }
 }
 
 fn describe(
@@ -209,12 +251,12 @@ fn describe(
                 (measured.embed_milli as f64 * EMBED_FLOPS / TRAIN_FLOPS) as u64,
                 METHOD,
             ));
-            engines.push(engine(
-                "llama.cpp",
-                WorkKind::Generate,
-                measured.generate_milli,
-                METHOD,
-            ));
+            // Work is done many at a time: what was measured so comes before what was estimated.
+            let (milli, method) = match &measured.bench {
+                Some(bench) => (bench.many_milli, bench::METHOD),
+                None => (measured.generate_milli, METHOD),
+            };
+            engines.push(engine("llama.cpp", WorkKind::Generate, milli, method));
         }
         (Some(_), None) => notes.push(format!("no models are run: {}", measured.worker_error)),
         (None, _) => notes.push("no models are run: no worker program is configured".into()),
@@ -276,6 +318,7 @@ async fn measure(of: Identity, threads: usize, worker: Option<&WorkerProgram>) -
         embed_milli: (flops * KERNEL_GAIN / EMBED_FLOPS * 1000.0) as u64,
         isolation,
         worker_error,
+        bench: None,
     }
 }
 
@@ -368,6 +411,42 @@ mod tests {
         let began = Instant::now();
         assert_eq!(probe(&cache, &limits(), None, false).await.devices, found.devices);
         assert!(began.elapsed() < MEASURE + Duration::from_secs(2));
+    }
+
+    #[test]
+    fn what_was_measured_is_offered_instead_of_the_estimate() {
+        let measured = |bench| Measured {
+            of: Identity {
+                cpu: String::new(),
+                isa: String::new(),
+                threads: 1,
+                version: String::new(),
+                worker: String::new(),
+            },
+            generate_milli: 40_000,
+            embed_milli: 1,
+            isolation: Some(Isolation::Seccomp),
+            worker_error: String::new(),
+            bench,
+        };
+        let bench = ClassSpeed {
+            class: bench::REFERENCE_CLASS.into(),
+            prompt_milli: 125_000,
+            decode_milli: 41_000,
+            many_milli: 110_000,
+            threads: 1,
+        };
+        let worker = WorkerProgram::new("/karez");
+        for (kept, milli, method) in [(None, 40_000, METHOD), (Some(bench), 110_000, "bench/1")] {
+            let machine = karez_engine::probe::probe();
+            let found = describe(machine, 1, &limits(), Some(&worker), false, &measured(kept));
+            let engine = found
+                .engines
+                .iter()
+                .find(|e| e.work == WorkKind::Generate)
+                .unwrap();
+            assert_eq!((engine.speed, engine.method.as_str()), (Speed(milli), method));
+        }
     }
 
     #[tokio::test]

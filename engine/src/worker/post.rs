@@ -12,7 +12,9 @@ use crate::protocol::{self, Meters, Output, RUNS_MAX, Reply, RunId, Work};
 
 /// After a write, tokens are gathered for this long before the next one: the eye sees no difference, and a fast model
 /// does not spend its time on writing.
-const GATHER: Duration = Duration::from_millis(2);
+const GATHER: Duration = Duration::from_millis(4);
+/// Among so many of the latest replies that wait, an earlier piece of the same answer is looked for.
+const LOOK_BACK: usize = 64;
 /// Replies that wait to be written at most; whoever computes them then waits too.
 const WAITING_MAX: usize = 4096;
 
@@ -131,22 +133,19 @@ impl Outlet {
         while queue.replies.len() >= WAITING_MAX {
             queue = self.changed.wait(queue).unwrap_or_else(PoisonError::into_inner);
         }
-        match (&reply, queue.replies.back_mut()) {
-            // One is as good as two.
-            (Reply::Alive, Some(_)) => return,
-            (
-                Reply::Token { id, piece },
-                Some(Reply::Token {
-                    id: last,
-                    piece: before,
-                }),
-            ) if id == last => {
+        // One sign of life is as good as two, and pieces of one answer are as good together.
+        let same = |waiting: &&mut Reply| match (&reply, waiting) {
+            (Reply::Alive, Reply::Alive) => true,
+            (Reply::Token { id, .. }, Reply::Token { id: before, .. }) => id == before,
+            _ => false,
+        };
+        if let Some(waiting) = queue.replies.iter_mut().rev().take(LOOK_BACK).find(same) {
+            if let (Reply::Token { piece, .. }, Reply::Token { piece: before, .. }) = (reply, waiting) {
                 before.text.push_str(&piece.text);
-                before.tokens.extend_from_slice(&piece.tokens);
-                before.logprobs.extend(piece.logprobs.iter().cloned());
-                return;
+                before.tokens.extend(piece.tokens);
+                before.logprobs.extend(piece.logprobs);
             }
-            _ => {}
+            return;
         }
         queue.urgent |= !matches!(reply, Reply::Token { .. } | Reply::Alive);
         let first = queue.replies.is_empty();
