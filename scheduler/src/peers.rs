@@ -3,7 +3,7 @@ use crate::mind::{Shared, lock};
 use karez_core::{
     controller::{Event, Reply},
     key::PublicKey,
-    records::{Offer, RecordError, Signed, Summary, Verified},
+    records::{Offer, RecordError, Role, Signed, Summary, Verified},
     unit::{Millis, Now, UtcMillis},
 };
 use karez_net::peer::{Answer, Peer, PeerError, PeerEvent, Verdict};
@@ -141,9 +141,13 @@ async fn judge(shared: &Shared, from: PublicKey, bytes: &[u8]) -> Option<Answer>
             .ask(move |request| Event::Offer { request, from, offer })
             .await?
         {
-            Reply::OfferTaken => Some(Answer::Accepted {
-                control_addr: shared.config.control.advertise.clone(),
-            }),
+            Reply::OfferTaken => {
+                // Where admission is open, the offer may have made it a member.
+                shared.members.admit(from, Role::Node);
+                Some(Answer::Accepted {
+                    control_addr: shared.config.control.advertise.clone(),
+                })
+            }
             Reply::Refused(denial) => {
                 tracing::info!(node = %from.short(), %denial, "an offer was refused");
                 Some(Answer::Refused {

@@ -65,10 +65,10 @@ pub(super) struct RuleArgs {
 #[derive(Debug, Args)]
 pub(super) struct GrantArgs {
     /// A researcher's key, or an institution whose researchers all may use it
-    #[arg(long, value_name = "KEY|INSTITUTION")]
+    #[arg(long, value_name = "WHOM")]
     to: String,
     /// How much
-    #[arg(long, value_name = "CREDITS")]
+    #[arg(long, value_name = "N")]
     credits: Credits,
     /// How long, like 30days
     #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]

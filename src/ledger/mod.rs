@@ -73,7 +73,7 @@ Example:
 Examples:
   karez ledger verify ledger.jsonl
   karez ledger verify ledger.jsonl --heads heads --against theirs.jsonl
-  karez ledger verify receipt.tlog-proof --key 3b6a27bc...")]
+  karez ledger verify receipt.tlog-proof --key KEY")]
     Verify(VerifyArgs),
     /// One institution's month as a signed text or CSV
     #[command(after_help = "\
@@ -108,7 +108,7 @@ Example:
     /// Operator: fund a grant
     #[command(after_help = "\
 Example:
-  karez ledger grant --to uni-nairobi --credits 100 --valid 90days --purpose thesis")]
+  karez ledger grant --to uni-nairobi --credits 100 --valid 90days")]
     Grant(file::GrantArgs),
     /// The open grants
     #[command(after_help = "Example:\n  karez ledger grants")]
