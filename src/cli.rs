@@ -207,7 +207,9 @@ mod tests {
         for words in &commands {
             let words = words.iter().map(|w| match w.as_str() {
                 "JOB" => "3f2a1b".to_owned(),
-                "KEY" => "3b6a27bcceb6a42d62a3a8d02a6f0d73653215771de243a63ac048a18b59da29".to_owned(),
+                "KEY" | "RECEIPT" => {
+                    "3b6a27bcceb6a42d62a3a8d02a6f0d73653215771de243a63ac048a18b59da29".to_owned()
+                }
                 w => w.to_owned(),
             });
             let words: Vec<String> = words.collect();

@@ -65,7 +65,7 @@ Example:
     /// Prove that a record or an entry is in the ledger
     #[command(after_help = "\
 Example:
-  karez ledger prove 5e7409815df2... -o receipt.tlog-proof
+  karez ledger prove RECEIPT -o receipt.tlog-proof
   karez ledger verify receipt.tlog-proof")]
     Prove(ProveArgs),
     /// Check an export or a proof from files and public keys alone; needs no network
@@ -90,11 +90,11 @@ Example:
   karez ledger usage --form focus --month 2026-11 -o november.csv")]
     Usage(report::UsageArgs),
     /// Agree with a receipt of yours before its window ends
-    #[command(after_help = "Example:\n  karez ledger accept 5e7409815df2...")]
+    #[command(after_help = "Example:\n  karez ledger accept RECEIPT")]
     Accept(file::AcceptArgs),
     /// Dispute a receipt of yours: what it paid is frozen until a ruling
     #[command(
-        after_help = "Example:\n  karez ledger dispute 5e7409815df2... --because \"half the vectors are zero\""
+        after_help = "Example:\n  karez ledger dispute RECEIPT --because \"half the vectors are zero\""
     )]
     Dispute(file::DisputeArgs),
     /// The open disputes: yours, or with the scheduler's key all
@@ -102,7 +102,7 @@ Example:
     Disputes(file::Operator),
     /// Operator: end a dispute
     #[command(
-        after_help = "Example:\n  karez ledger rule 5e7409815df2... --refund 0.5 --because \"half was usable\""
+        after_help = "Example:\n  karez ledger rule RECEIPT --refund 0.5 --because \"half was usable\""
     )]
     Rule(file::RuleArgs),
     /// Operator: fund a grant
