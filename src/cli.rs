@@ -2,8 +2,8 @@
 #[cfg(feature = "engine")]
 use crate::finetune;
 use crate::{
-    artifact, demo, embed, fault, generate, home::Home, jobs, join, ledger, market, network, node, out::Out,
-    scheduler, submit,
+    artifact, chat, demo, embed, fault, generate, home::Home, jobs, join, key, ledger, market, network, node,
+    out::Out, scheduler, submit,
 };
 use anyhow::Result;
 use clap::{ArgAction, Args, CommandFactory, Parser, Subcommand};
@@ -67,6 +67,8 @@ pub(crate) enum Command {
     /// Train an adapter on your own text
     #[cfg(feature = "engine")]
     Finetune(Box<finetune::FinetuneArgs>),
+    /// Talk with a model
+    Chat(chat::ChatArgs),
     /// Submit a job described in a file
     Submit(submit::SubmitArgs),
     /// Say where a job described in a file would run, from when and for how much
@@ -81,6 +83,8 @@ pub(crate) enum Command {
     Models(market::ModelsArgs),
     /// Add, fetch and list files and models
     Artifact(artifact::ArtifactArgs),
+    /// Keys for programs: OpenAI's clients, notebooks
+    Key(key::KeyArgs),
     /// Show your budget
     Balance(ledger::BalanceArgs),
     /// Read, export and verify the books

@@ -290,6 +290,8 @@ async fn generate(context: &Context, say: &Say) -> Result<Value> {
         seed: 0,
         raw: false,
         system: String::new(),
+        stream: false,
+        keep_going: false,
     };
     let what = What::Generate {
         model: SHIPPED_MODEL.into(),

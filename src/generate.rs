@@ -1,5 +1,6 @@
 //! `karez generate`: prompts in, answers out.
 use crate::{
+    answer::{self, Question, harmless},
     cli::Context,
     embed::{ready, submit_and_wait},
     fault::{Kind, fault},
@@ -22,6 +23,7 @@ use std::path::PathBuf;
 #[command(after_help = "\
 Examples:
   karez generate \"Why should I rotate my crops?\"
+  karez generate --stream \"Why should I rotate my crops?\"
   karez generate --file prompts.jsonl -o answers.jsonl --country KE,BR")]
 pub(crate) struct GenerateArgs {
     /// Each argument is one prompt
@@ -33,6 +35,9 @@ pub(crate) struct GenerateArgs {
     /// The model, by its name in `karez models`
     #[arg(short, long, value_name = "NAME", default_value = "karez-tiny")]
     model: String,
+    /// Write each answer as it comes, one prompt after the other
+    #[arg(long, conflicts_with_all = ["file", "detach", "output"])]
+    stream: bool,
     #[command(flatten)]
     sampling: SamplingArgs,
     #[command(flatten)]
@@ -67,7 +72,7 @@ pub(crate) struct SamplingArgs {
 }
 
 impl SamplingArgs {
-    fn checked(self) -> Result<Sampling> {
+    pub(crate) fn checked(self) -> Result<Sampling> {
         sampling(
             self.max_tokens,
             self.temperature,
@@ -106,10 +111,15 @@ pub(crate) fn sampling(
         seed,
         raw,
         system,
+        stream: false,
+        keep_going: false,
     })
 }
 
 pub(crate) async fn run(context: &Context, args: GenerateArgs) -> Result<()> {
+    if args.stream {
+        return stream(context, args).await;
+    }
     let what = What::Generate {
         model: args.model,
         sampling: args.sampling.checked()?,
@@ -125,12 +135,57 @@ pub(crate) async fn run(context: &Context, args: GenerateArgs) -> Result<()> {
     if task.options.detach || task.options.output.is_some() {
         submit_and_wait(context, link, task).await
     } else {
-        answer(context, link, task).await
+        all_at_once(context, link, task).await
     }
 }
 
+/// Prints the answers as they are written, one after the other.
+async fn stream(context: &Context, args: GenerateArgs) -> Result<()> {
+    let out = context.out;
+    let sampling = args.sampling.checked()?;
+    let link = link::open(&context.home).await?;
+    let several = args.prompt.len() > 1;
+    for (i, prompt) in args.prompt.iter().enumerate() {
+        if several && !out.json {
+            if i > 0 {
+                out.line("");
+            }
+            out.line(out.bold(&format!("> {}", clean(prompt))));
+        }
+        let question = Question {
+            model: args.model.clone(),
+            sampling: sampling.clone(),
+            options: args.options.clone(),
+            line: serde_json::Map::from_iter([("prompt".to_owned(), prompt.clone().into())]),
+        };
+        let mut ended = true;
+        let mut say = |piece: &str| {
+            ended = piece.ends_with('\n');
+            if out.json {
+                out.json(&serde_json::json!({"prompt": i, "piece": piece}));
+            } else if out.terminal {
+                out.raw(harmless(piece).as_bytes());
+            } else {
+                out.raw(piece.as_bytes());
+            }
+        };
+        let answer = interruptible(answer::follow(context, &link, question, &mut say)).await?;
+        if out.json {
+            out.json(&serde_json::json!({
+                "prompt": i, "text": answer.text, "moves": answer.moves, "report": view::job(&answer.view),
+            }));
+        } else {
+            if !ended {
+                out.line("");
+            }
+            report::print(out, &answer.view, None);
+        }
+    }
+    Ok(())
+}
+
 /// Waits for the answers and prints them.
-async fn answer(context: &Context, link: Link, task: Task) -> Result<()> {
+async fn all_at_once(context: &Context, link: Link, task: Task) -> Result<()> {
     let out = context.out;
     interruptible(async {
         let mut running = task::submit(out, &context.home, link, &task).await?;

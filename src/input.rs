@@ -107,6 +107,22 @@ impl Items {
         items.done("the input")
     }
 
+    /// A file that was checked before, with so many lines.
+    pub(crate) fn of_file(file: NamedTempFile, count: u64) -> Self {
+        Self {
+            count,
+            blank: 0,
+            content: Arc::new(Content::File(file)),
+        }
+    }
+
+    /// One item: a line with a prompt or a conversation.
+    pub(crate) fn of_line(line: Map<String, Value>, dir: &Path) -> Result<Self> {
+        let mut items = Gathered::new(Field::Prompt, dir);
+        items.push(&|| "the question".into(), line)?;
+        items.done("the question")
+    }
+
     /// What is to be sent.
     pub(crate) fn content(&self) -> Arc<Content> {
         self.content.clone()

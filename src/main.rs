@@ -6,14 +6,18 @@
 //! | [`demo`] | `demo`: the same network, put to work and checked |
 //! | [`join`] | `init`, `join` |
 //! | [`node`], [`scheduler`] | the daemons and their owners' commands |
-//! | [`embed`], [`generate`], [`submit`], `finetune` | giving work |
+//! | [`embed`], [`generate`], [`chat`], [`submit`], [`batch`], `finetune` | giving work |
 //! | [`jobs`] | watching it |
+//! | [`key`] | API keys |
 //! | [`market`], [`artifact`], [`ledger`] | offers and models, files, the books |
 //!
 //! Shared by them: [`home`] (the user's folder), [`link`] (the line to the scheduler), [`task`] (one job from
 //! order to results), [`input`] and [`sink`] (what goes in and comes out), [`out`] (what is printed) and [`fault`] (exit codes). Start at [`cli::Cli`].
 
+mod answer;
 mod artifact;
+mod batch;
+mod chat;
 mod cli;
 mod demo;
 mod embed;
@@ -27,6 +31,7 @@ mod input;
 mod jobfile;
 mod jobs;
 mod join;
+mod key;
 mod ledger;
 mod link;
 mod market;
@@ -126,12 +131,14 @@ fn run(cli: Cli, out: &'static out::Out) -> Result<()> {
         #[cfg(feature = "engine")]
         Command::Finetune(args) => local(Box::pin(async move { finetune::run(&c, *args).await })),
         Command::Estimate(args) => local(Box::pin(async move { submit::estimate(&c, args).await })),
+        Command::Chat(args) => local(Box::pin(async move { chat::run(&c, args).await })),
         Command::Submit(args) => local(Box::pin(async move { submit::run(&c, args).await })),
         Command::Jobs(args) => local(Box::pin(async move { jobs::list(&c, args).await })),
         Command::Job(args) => local(Box::pin(async move { jobs::run(&c, args).await })),
         Command::Offers(args) => local(Box::pin(async move { market::offers(&c, args).await })),
         Command::Models(args) => local(Box::pin(async move { market::models(&c, args).await })),
         Command::Artifact(args) => local(Box::pin(async move { artifact::run(&c, args).await })),
+        Command::Key(args) => local(Box::pin(async move { key::run(&c, args).await })),
         Command::Balance(args) => local(Box::pin(async move { ledger::balance(&c, args).await })),
         Command::Ledger(args) => local(Box::pin(async move { ledger::run(&c, args).await })),
         Command::Schema(args) => submit::schema(&context, &args),

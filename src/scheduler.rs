@@ -236,15 +236,17 @@ pub(crate) fn make_local(dir: &Path) -> Result<()> {
         options.control_port,
         options.peer_port,
         options.monitor_port,
+        options.gateway_port,
         options.artifact_port,
     ] = free_ports().context("finding free ports")?;
     setup::init(dir, &options).map(drop).map_err(refused)
 }
 
-/// Three free TCP ports and a free UDP port. All are held until all are known, so that they differ.
-fn free_ports() -> std::io::Result<[u16; 4]> {
+/// Four free TCP ports and a free UDP port. All are held until all are known, so that they differ.
+fn free_ports() -> std::io::Result<[u16; 5]> {
     let any = (Ipv4Addr::LOCALHOST, 0);
     let tcp = [
+        TcpListener::bind(any)?,
         TcpListener::bind(any)?,
         TcpListener::bind(any)?,
         TcpListener::bind(any)?,
@@ -254,6 +256,7 @@ fn free_ports() -> std::io::Result<[u16; 4]> {
         tcp[0].local_addr()?.port(),
         tcp[1].local_addr()?.port(),
         tcp[2].local_addr()?.port(),
+        tcp[3].local_addr()?.port(),
         udp.local_addr()?.port(),
     ])
 }

@@ -1,11 +1,15 @@
 //! `karez submit`, `karez estimate` and `karez schema`: jobs described in files.
 use crate::{
+    batch,
     cli::Context,
     embed::{ready, submit_and_wait},
-    input, jobfile, jobs, link, task, view,
+    input, jobfile, jobs, link,
+    options::{JobOptions, MAX_COST},
+    task, view,
 };
 use anyhow::Result;
 use clap::{Args, ValueEnum};
+use karez_core::unit::Credits;
 use std::path::PathBuf;
 
 /// `karez submit`.
@@ -18,10 +22,17 @@ A job file is TOML; `karez schema job` prints its JSON Schema. The least of it:
 
 Examples:
   karez submit job.toml
-  karez submit job.toml --detach")]
+  karez submit job.toml --detach
+  karez submit batch.jsonl -o answers.jsonl    # a batch in OpenAI's format")]
 pub(crate) struct SubmitArgs {
-    /// The job file
+    /// The job file, or a .jsonl file of requests in OpenAI's batch format
     file: PathBuf,
+    /// Where to write the results; - for standard output
+    #[arg(short, long, value_name = "FILE")]
+    output: Option<PathBuf>,
+    /// Credits set aside for a batch and never exceeded; a job file says it itself
+    #[arg(long, value_name = "CREDITS")]
+    max_cost: Option<Credits>,
     /// Submit, print the job's id and return at once
     #[arg(long)]
     detach: bool,
@@ -56,8 +67,21 @@ enum SchemaOf {
 }
 
 pub(crate) async fn run(context: &Context, args: SubmitArgs) -> Result<()> {
+    if batch::is_one(&args.file) {
+        let options = JobOptions {
+            detach: args.detach,
+            output: args.output,
+            max_cost: args.max_cost.unwrap_or(MAX_COST),
+            ..JobOptions::default()
+        };
+        return batch::submit(context, &args.file, options).await;
+    }
     let mut job = jobfile::read(&args.file)?;
     job.options.detach |= args.detach;
+    if args.output.is_some() {
+        job.options.output = args.output;
+    }
+    job.options.max_cost = args.max_cost.unwrap_or(job.options.max_cost);
     let task = ready(context, job.what, job.options, true, |field, dir| {
         input::read(&job.input, field, dir)
     })?;

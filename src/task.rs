@@ -42,6 +42,10 @@ pub(crate) struct Sampling {
     pub(crate) seed: u64,
     pub(crate) raw: bool,
     pub(crate) system: String,
+    /// Answers are told as they are written.
+    pub(crate) stream: bool,
+    /// A line at fault is answered with its error, and the others go on.
+    pub(crate) keep_going: bool,
 }
 
 /// What is to be done with each item.
@@ -203,6 +207,8 @@ async fn work(link: &Link, what: &What) -> Result<Work> {
                 seed: s.seed,
                 raw: s.raw,
                 system: s.system.clone(),
+                stream: s.stream,
+                keep_going: s.keep_going,
                 ..Generate::greedy(artifact, name.clone(), s.max_tokens)
             })
         }
@@ -390,6 +396,14 @@ pub(crate) fn set_current(job: Option<JobId>) {
     *CURRENT.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = job;
 }
 
+/// The same, and forgets it.
+pub(crate) fn take_current() -> Option<JobId> {
+    CURRENT
+        .lock()
+        .unwrap_or_else(std::sync::PoisonError::into_inner)
+        .take()
+}
+
 /// Runs `work` until it ends or the user interrupts. An interrupt only detaches: the job goes on.
 pub(crate) async fn interruptible<T>(work: impl Future<Output = Result<T>>) -> Result<T> {
     let interrupted = tokio::select! {
@@ -397,11 +411,7 @@ pub(crate) async fn interruptible<T>(work: impl Future<Output = Result<T>>) -> R
         caught = tokio::signal::ctrl_c() => caught,
     };
     interrupted.context("waiting for an interrupt")?;
-    let current = CURRENT
-        .lock()
-        .unwrap_or_else(std::sync::PoisonError::into_inner)
-        .take();
-    Err(match current {
+    Err(match take_current() {
         Some(job) => {
             let short = job.short();
             fault(

@@ -12,6 +12,7 @@ extern crate alloc;
 extern crate std;
 
 pub mod agent;
+pub mod apikey;
 pub mod artifact;
 pub mod controller;
 pub mod exchange;

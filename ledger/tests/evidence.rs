@@ -5,7 +5,7 @@ use common::*;
 use karez_core::{
     id::Digest,
     money::{Account, Posting, PostingKind},
-    records::{Flag, Order, Outcome, Verified},
+    records::{Delegation, Flag, Order, Outcome, Verified},
     unit::{Credits, DeviceMillis},
 };
 use karez_ledger::{Book, Entry};
@@ -387,4 +387,54 @@ fn shapes_are_checked() {
     padded.evidence[1].extend_from_slice(&[0xf8, 0x07, 0x01]);
     let error = book_with(&order).append(AT, padded).unwrap_err().to_string();
     assert!(error.contains("canonical"), "{error}");
+}
+
+#[test]
+fn a_delegation_lends_once_and_only_what_it_lent_comes_back() {
+    let record = delegation(0, 1, 5_000_000);
+    let mut book = Book::new(scheduler());
+    book.append(AT, grant(0, 19_000_000)).unwrap();
+    let moved = |from: Account, to: Account, micro: u64, record: &Verified<Delegation>| {
+        let evidence = vec![record.encode()];
+        Posting::transfer(PostingKind::Grant, from, to, Credits(micro), evidence).unwrap()
+    };
+    let (own, key) = (|| Account::User(user(0)), || Account::User(user(1)));
+    for (name, posting, says) in [
+        (
+            "back before it was lent",
+            moved(key(), own(), 0, &record),
+            "never lent",
+        ),
+        ("too little", moved(own(), key(), 1, &record), "5.000000"),
+        (
+            "to somebody else",
+            moved(own(), Account::User(user(2)), 5_000_000, &record),
+            "user:",
+        ),
+        (
+            "another scheduler's",
+            moved(
+                own(),
+                key(),
+                5_000_000,
+                &delegation_with(0, 1, 5_000_000, |d| d.scheduler.0 = user(3).0),
+            ),
+            "scheduler is",
+        ),
+    ] {
+        let error = book.append(AT, posting).expect_err(name).to_string();
+        assert!(error.contains(says), "{name}: {error}");
+    }
+    book.append(AT, moved(own(), key(), 5_000_000, &record)).unwrap();
+    let twice = book.append(AT, moved(own(), key(), 4_000_000, &record));
+    assert!(twice.is_err());
+    let twice = book
+        .append(AT, moved(own(), key(), 5_000_000, &record))
+        .unwrap_err();
+    assert!(twice.to_string().contains("before"), "{twice}");
+    book.append(AT, moved(key(), own(), 2_000_000, &record)).unwrap();
+    assert_eq!(book.accounts().balance(&own()), 16_000_000);
+    // Nobody takes from a user without the user's word.
+    let none = Posting::transfer(PostingKind::Grant, own(), key(), Credits(1), Vec::new()).unwrap();
+    assert!(book.append(AT, none).is_err());
 }

@@ -5,7 +5,7 @@ use crate::{config::SchedulerEntry, daemon::Input, wait::Backoff};
 use karez_core::{
     exchange::ToScheduler,
     key::SecretKey,
-    translate::{FromNode, FromScheduler, MESSAGE_BYTES_MAX},
+    translate::{FromNode, FromScheduler, MESSAGE_BYTES_MAX, Piece},
 };
 use karez_net::control::connect;
 use karez_proto::control::{NodeMessage, control_client::ControlClient};
@@ -70,6 +70,11 @@ impl Link {
         }
     }
 
+    /// A way for pieces of answers past everything else that this session does.
+    pub(crate) fn pieces(&self) -> Pieces {
+        Pieces(self.outbox.downgrade())
+    }
+
     /// Says goodbye; the session ends once that has left.
     pub(crate) fn part(self, reason: &str) {
         let _ = self.outbox.try_send(
@@ -79,6 +84,20 @@ impl Link {
             .into(),
         );
         let _ = self.cut.send(());
+    }
+}
+
+/// Where pieces of answers leave. What does not fit is lost: the result has it all.
+pub(crate) struct Pieces(mpsc::WeakSender<NodeMessage>);
+
+impl Pieces {
+    pub(crate) fn say(&self, key: karez_core::id::LeaseKey, piece: Piece) {
+        // Some places stay free for what must not be lost.
+        if let Some(outbox) = self.0.upgrade()
+            && outbox.capacity() > OUTBOX_MAX / 4
+        {
+            let _ = outbox.try_send(FromNode::Piece { key, piece }.into());
+        }
     }
 }
 

@@ -74,6 +74,11 @@ impl Catalogue {
             .collect()
     }
 
+    /// What `name` stands for.
+    pub(crate) fn get(&self, name: &str) -> Option<Named> {
+        lock(&self.names).get(name).cloned()
+    }
+
     /// Points `name` at an artifact. On disk when it returns `Ok`.
     pub(crate) async fn name(
         &self,

@@ -76,6 +76,9 @@ pub struct Config {
     /// Health checks and reflection.
     #[serde(default)]
     pub monitor: Monitor,
+    /// HTTP for OpenAI's clients.
+    #[serde(default)]
+    pub gateway: Gateway,
     /// The peer network.
     pub peer: Peer,
     /// Artifacts.
@@ -111,6 +114,24 @@ pub struct Monitor {
     /// Where to listen (TCP). Anything but loopback needs a certificate.
     #[serde(default = "monitor_listen")]
     pub listen: SocketAddr,
+    /// PEM file of an X.509 certificate chain.
+    pub certificate: Option<PathBuf>,
+    /// PEM file of its private key.
+    pub key: Option<PathBuf>,
+}
+
+/// `[gateway]`: HTTP as OpenAI's clients speak it, for holders of API keys.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Gateway {
+    /// Whether it runs at all.
+    #[serde(default)]
+    pub enabled: bool,
+    /// Where to listen (TCP). Anything but loopback needs a certificate: API keys are secrets.
+    #[serde(default = "gateway_listen")]
+    pub listen: SocketAddr,
+    /// `host:port` that users are told; where it listens when left out.
+    pub advertise: Option<String>,
     /// PEM file of an X.509 certificate chain.
     pub certificate: Option<PathBuf>,
     /// PEM file of its private key.
@@ -213,6 +234,18 @@ impl Default for Monitor {
         Self {
             enabled: true,
             listen: monitor_listen(),
+            certificate: None,
+            key: None,
+        }
+    }
+}
+
+impl Default for Gateway {
+    fn default() -> Self {
+        Self {
+            enabled: false,
+            listen: gateway_listen(),
+            advertise: None,
             certificate: None,
             key: None,
         }
@@ -338,6 +371,28 @@ impl Config {
                     "is {}, which other machines can reach: set monitor.certificate and monitor.key, or listen on 127.0.0.1",
                     monitor.listen
                 ),
+            );
+        }
+        let gateway = &self.gateway;
+        if gateway.certificate.is_some() != gateway.key.is_some() {
+            return rule(
+                "gateway.certificate",
+                "and gateway.key go together: set both or neither".into(),
+            );
+        }
+        if gateway.enabled && !gateway.listen.ip().is_loopback() && gateway.certificate.is_none() {
+            return rule(
+                "gateway.listen",
+                format!(
+                    "is {}, which other machines can reach, and API keys must not travel in the clear: set gateway.certificate and gateway.key, or listen on 127.0.0.1",
+                    gateway.listen
+                ),
+            );
+        }
+        if gateway.advertise.as_deref().is_some_and(|a| !host_and_port(a)) {
+            return rule(
+                "gateway.advertise",
+                "is no host and port: write it like karez.example.org:7404".into(),
             );
         }
         for (key, list, least) in [
@@ -530,6 +585,10 @@ fn monitor_listen() -> SocketAddr {
     SocketAddr::from(([127, 0, 0, 1], 7403))
 }
 
+fn gateway_listen() -> SocketAddr {
+    SocketAddr::from(([127, 0, 0, 1], 7404))
+}
+
 fn store_limit() -> Bytes {
     Bytes(20 << 30)
 }
@@ -600,6 +659,11 @@ advertise = ["127.0.0.1:7402"]
                 "half a pair",
                 format!("{GOOD}[monitor]\nkey = \"k.pem\"\n"),
                 &["monitor.certificate", "both or neither"],
+            ),
+            (
+                "open gateway",
+                format!("{GOOD}[gateway]\nenabled = true\nlisten = \"0.0.0.0:7404\"\n"),
+                &["gateway.listen", "gateway.certificate", "in the clear"],
             ),
             (
                 "short lease",

@@ -4,6 +4,7 @@
 use crate::{
     catalogue::Catalogue,
     config::{self, Config, ConfigError},
+    gateway,
     mind::{self, Clock, Members, Parts, Shared},
     monitor, peers, service,
     setup::{self, ARTIFACTS_DIR, STATE_DIR},
@@ -120,6 +121,7 @@ pub struct Daemon {
     id: SchedulerId,
     control_addr: SocketAddr,
     monitor_addr: Option<SocketAddr>,
+    gateway_addr: Option<SocketAddr>,
     stop: watch::Sender<bool>,
     mind: JoinHandle<Result<(), StoreError>>,
     mind_ended: bool,
@@ -137,6 +139,7 @@ impl Daemon {
         let id = SchedulerId(PublicKey::of(&secret));
         let file = dir.join(config::FILE);
         let tls_identity = monitor::identity(&config, dir)?;
+        let gateway_tls = gateway::tls(&config.gateway, dir)?;
 
         // Ports first: they fail often, and a failure then leaves everything as it was.
         let control_listener = listen(config.control.listen, "control.listen", &file).await?;
@@ -144,6 +147,14 @@ impl Daemon {
             true => Some(listen(config.monitor.listen, "monitor.listen", &file).await?),
             false => None,
         };
+        let gateway_listener = match config.gateway.enabled {
+            true => Some(listen(config.gateway.listen, "gateway.listen", &file).await?),
+            false => None,
+        };
+        let gateway_addr = gateway_listener
+            .as_ref()
+            .map(|l| local(l, "gateway.listen", &file))
+            .transpose()?;
         for addr in &config.peer.listen {
             // The swarm listens later and cannot say so well what is wrong.
             if let Some(addr) = tcp_of(addr) {
@@ -187,6 +198,9 @@ impl Daemon {
             .collect();
         let accounts = recovered.book.accounts().clone();
         let catalogue = Catalogue::restore(&recovered.tables);
+        gateway::files::sweep(dir);
+        let files = gateway::files::Files::restore(&recovered.tables, &store);
+        let batches = gateway::batches::Batches::restore(&recovered.tables);
         let heads = witness::Heads::restore(&recovered.tables);
         drop(recovered);
         let controller =
@@ -213,6 +227,8 @@ impl Daemon {
             writer,
             store: store.clone(),
             catalogue,
+            files,
+            batches,
             members: members.clone(),
             heads,
             stopping,
@@ -262,6 +278,13 @@ impl Daemon {
                 tls_identity,
             )));
         }
+        if let Some(listener) = gateway_listener {
+            let served = gateway::serve(shared.clone(), listener, gateway_tls);
+            servers.push(tokio::spawn(async move {
+                served.await;
+                Ok(())
+            }));
+        }
         let helpers = vec![
             tokio::spawn(peers::listen(shared.clone(), events)),
             tokio::spawn(peers::announce(shared.clone(), peer.clone())),
@@ -278,6 +301,7 @@ impl Daemon {
             id,
             control_addr,
             monitor_addr,
+            gateway_addr,
             stop,
             mind,
             mind_ended: false,
@@ -301,6 +325,11 @@ impl Daemon {
     /// Where health checks are answered.
     pub fn monitor_addr(&self) -> Option<SocketAddr> {
         self.monitor_addr
+    }
+
+    /// Where OpenAI's clients are answered.
+    pub fn gateway_addr(&self) -> Option<SocketAddr> {
+        self.gateway_addr
     }
 
     /// Where artifacts are served (UDP).
@@ -375,7 +404,11 @@ async fn sweep(shared: Arc<Shared>) {
             () = tokio::time::sleep(SWEEP_EVERY) => {}
             () = shared.stopped() => return,
         }
+        // First: the pins of a job that has ended are let go of next.
+        shared.batches.sweep(&shared).await;
+        shared.files.sweep(&shared).await;
         shared.pins.sweep(&shared).await;
+        shared.streams.sweep(&shared).await;
         shared.watchers.sweep();
     }
 }

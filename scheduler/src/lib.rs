@@ -11,6 +11,8 @@
 //! | `mind` | the one loop that owns the controller: event, commit, effects |
 //! | `service` | the control API for users and tools |
 //! | `session` | the long conversations: nodes' sessions, watches, exports |
+//! | `gateway` | HTTP as OpenAI's clients speak it |
+//! | `streams` | answers as they are written |
 //! | `catalogue` | names of models |
 //! | `peers` | offers and summaries over the peer network |
 //! | `witness` | tree heads shown to other schedulers, cosigned for them, and forks found out |
@@ -23,6 +25,7 @@
 mod catalogue;
 pub mod config;
 pub mod daemon;
+pub(crate) mod gateway;
 mod limits;
 mod mind;
 mod monitor;
@@ -31,8 +34,10 @@ mod pins;
 mod service;
 mod session;
 pub mod setup;
+mod streams;
 mod witness;
 
 pub use config::{Config, ConfigError};
 pub use daemon::{Daemon, run};
+pub use gateway::batches::BatchFile;
 pub use setup::{InitOptions, InviteOptions, init, invite};

@@ -3,7 +3,14 @@
 //! The promise: what a batch changes is on disk before anything it causes leaves the process, and no question is
 //! answered from a state that a crash could still undo (questions wait for the commit under way). Events that queue
 //! up while one commit is written are committed together; a lone event never waits for company.
-use crate::{catalogue::Catalogue, limits, pins::Pins, setup::utc_now};
+use crate::{
+    catalogue::Catalogue,
+    gateway::{batches::Batches, files::Files},
+    limits,
+    pins::Pins,
+    setup::utc_now,
+    streams::Streams,
+};
 use karez_core::{
     controller::{Controller, Effect, Event, Reply, RequestId},
     exchange::ToScheduler,
@@ -81,6 +88,9 @@ pub(crate) struct Shared {
     pub(crate) peers: crate::peers::Book,
     pub(crate) heads: crate::witness::Heads,
     pub(crate) watchers: Watchers,
+    pub(crate) streams: Streams,
+    pub(crate) files: Files,
+    pub(crate) batches: Batches,
     /// Turns true when the daemon stops.
     pub(crate) stopping: watch::Receiver<bool>,
     next_session: AtomicU64,
@@ -99,6 +109,8 @@ pub(crate) struct Parts {
     pub(crate) members: Members,
     pub(crate) heads: crate::witness::Heads,
     pub(crate) stopping: watch::Receiver<bool>,
+    pub(crate) files: Files,
+    pub(crate) batches: Batches,
 }
 
 impl Shared {
@@ -121,6 +133,9 @@ impl Shared {
             peers: crate::peers::Book::default(),
             heads: parts.heads,
             watchers: Watchers::default(),
+            streams: Streams::default(),
+            files: parts.files,
+            batches: parts.batches,
             stopping: parts.stopping,
             next_session: AtomicU64::new(1),
         };
@@ -383,6 +398,10 @@ pub(crate) struct Members(Arc<Mutex<BTreeMap<PublicKey, Role>>>);
 impl Members {
     pub(crate) fn admit(&self, key: PublicKey, role: Role) {
         lock(&self.0).insert(key, role);
+    }
+
+    pub(crate) fn remove(&self, key: &PublicKey) {
+        lock(&self.0).remove(key);
     }
 
     pub(crate) fn contains(&self, key: &PublicKey) -> bool {

@@ -4,8 +4,9 @@
 use crate::{
     catalogue::{NameError, Named},
     config::Mode,
+    gateway,
     mind::{Shared, cached_somewhere},
-    session, witness,
+    session, streams, witness,
 };
 use karez_core::{
     artifact::ArtifactRef,
@@ -15,8 +16,8 @@ use karez_core::{
     key::{PublicKey, UserId},
     money::Account,
     records::{
-        Acceptance, CreditLimit, Dispute, Grant, Order, Payment, RateCard, Record, RecordError, Role, Ruling,
-        Signed, Verified, describe,
+        Acceptance, CreditLimit, Delegation, Dispute, Grant, Order, Payment, RateCard, Record, RecordError,
+        Role, Ruling, Signed, Verified, describe,
     },
     translate::{self, TranslateError, clean},
 };
@@ -93,7 +94,7 @@ impl Service {
     }
 
     /// The books must have room before somebody is promised something.
-    fn room_on_disk(&self) -> Result<(), Status> {
+    pub(crate) fn room_on_disk(&self) -> Result<(), Status> {
         let Ok(disk) = rustix::fs::statvfs(&self.0.dir) else {
             return Ok(());
         };
@@ -138,7 +139,7 @@ impl Service {
         }
     }
 
-    async fn submit_order(
+    pub(crate) async fn submit_order(
         &self,
         caller: PublicKey,
         order: Verified<Order>,
@@ -162,6 +163,10 @@ impl Service {
         shared
             .pins
             .keep(job, [order.input].into_iter().chain(order.work.artifacts()));
+        if streams::streams(&order) {
+            // Before the first node can write.
+            shared.streams.open(job);
+        }
         let reply = shared
             .ask(move |request| Event::Submit {
                 request,
@@ -175,6 +180,7 @@ impl Service {
             Some(Reply::Submitted(job)) => Ok(job),
             other => {
                 shared.pins.release(&job);
+                shared.streams.close(&job);
                 Err(unexpected(other))
             }
         }
@@ -186,6 +192,7 @@ impl Control for Service {
     type SessionStream = session::SessionStream;
     type WatchStream = session::WatchStream;
     type LedgerStream = session::LedgerStream;
+    type AnswerStream = session::AnswerStream;
 
     async fn join(&self, request: Request<wire::JoinRequest>) -> Answer<wire::JoinReply> {
         let caller = self.caller(&request)?;
@@ -291,6 +298,78 @@ impl Control for Service {
         let job = self.find(caller, &request.get_ref().job).await?;
         let slot = self.0.limits.watch(caller)?;
         Ok(Response::new(session::watch(self.0.clone(), job, slot)))
+    }
+
+    async fn answer(&self, request: Request<wire::AnswerRequest>) -> Answer<Self::AnswerStream> {
+        let caller = self.member(&request)?;
+        let job = self.find(caller, &request.get_ref().job).await?;
+        let slot = self.0.limits.watch(caller)?;
+        let reader =
+            self.0.streams.reader(&job).ok_or_else(|| {
+                Status::not_found(format!("job {} has no answer to read along", job.short()))
+            })?;
+        Ok(Response::new(session::answer(self.0.clone(), job, reader, slot)))
+    }
+
+    async fn delegate(&self, request: Request<wire::DelegateRequest>) -> Answer<wire::DelegateReply> {
+        let caller = self.member(&request)?;
+        let delegation: Verified<Delegation> = Signed::open(&request.get_ref().delegation)
+            .map_err(|e| Status::invalid_argument(e.to_string()))?;
+        self.room_on_disk()?;
+        let key = delegation.key;
+        let reply = self
+            .0
+            .ask(move |request| Event::Delegate {
+                request,
+                caller,
+                delegation,
+            })
+            .await;
+        match reply {
+            Some(Reply::Delegated(credits)) => {
+                self.0.members.admit(key, Role::User);
+                Ok(Response::new(wire::DelegateReply { credits: credits.0 }))
+            }
+            other => Err(unexpected(other)),
+        }
+    }
+
+    async fn revoke(&self, request: Request<wire::RevokeRequest>) -> Answer<wire::DelegateReply> {
+        let caller = self.member(&request)?;
+        let key =
+            translate::public_key("revoke", "key", &request.get_ref().key).map_err(|e| malformed(&e))?;
+        let reply = self
+            .0
+            .ask(move |request| Event::Revoke { request, caller, key })
+            .await;
+        match reply {
+            Some(Reply::Delegated(credits)) => {
+                self.0.members.remove(&key);
+                Ok(Response::new(wire::DelegateReply { credits: credits.0 }))
+            }
+            other => Err(unexpected(other)),
+        }
+    }
+
+    async fn keys(&self, request: Request<wire::KeysRequest>) -> Answer<wire::KeysReply> {
+        let caller = self.member(&request)?;
+        let keys = self
+            .0
+            .look(|c| {
+                c.delegations_of(caller)
+                    .map(|delegation| wire::DelegatedKey {
+                        left: c.budget(UserId(delegation.key)).0,
+                        delegation: Some(delegation.to_wire()),
+                    })
+                    .collect()
+            })
+            .await;
+        let config = &self.0.config.gateway;
+        let gateway = match config.enabled {
+            true => gateway::url(config),
+            false => String::new(),
+        };
+        Ok(Response::new(wire::KeysReply { keys, gateway }))
     }
 
     async fn cancel(&self, request: Request<wire::JobRequest>) -> Answer<wire::JobView> {
@@ -639,7 +718,7 @@ fn denied(denial: &Denial) -> Status {
     match denial {
         Denial::NotAdmitted(_) => Status::unauthenticated(text),
         Denial::WrongRole { .. } | Denial::NotOperator => Status::permission_denied(text),
-        Denial::Invitation(_) | Denial::Offer(_) | Denial::Order(_) | Denial::Record(_) => {
+        Denial::Invitation(_) | Denial::Offer(_) | Denial::Order(_) | Denial::Record(_) | Denial::Key(_) => {
             Status::invalid_argument(text)
         }
         Denial::Budget { .. } | Denial::Unplaceable(_) | Denial::Ledger(_) => {

@@ -1,9 +1,12 @@
 //! The long conversations: nodes' sessions, watches of jobs, exports of the ledger.
 //!
 //! Each ends by itself when the daemon stops, with a word of goodbye: endless streams would hold up the shutdown.
-use crate::mind::{Input, Line, OUTBOX_MAX, SessionId, Shared};
+use crate::{
+    mind::{Input, Line, OUTBOX_MAX, SessionId, Shared},
+    streams::Reader,
+};
 use karez_core::{
-    controller::{Denial, JobView},
+    controller::{Denial, JobState, JobView},
     exchange::ToScheduler,
     id::JobId,
     key::{NodeId, PublicKey},
@@ -29,6 +32,8 @@ const HELLO_MAX: Duration = Duration::from_secs(10);
 /// Messages of one node per second; faster ones are read later, so the node's own connection slows it down.
 const MESSAGES_PER_SECOND: f64 = 200.0;
 const MESSAGES_BURST: f64 = 2_000.0;
+/// Pieces of answers, which cost less: sixteen answers at a hundred tokens per second each, and some.
+const PIECES_PER_SECOND: f64 = 4_000.0;
 /// Messages in a row that cannot be read before a session is closed: the two ends do not understand each other.
 const NONSENSE_MAX: u32 = 20;
 /// Watches of large jobs are told at most this often.
@@ -41,6 +46,7 @@ const CHUNK_BYTES: usize = 64 << 10;
 const CHUNK_WAIT: Duration = Duration::from_secs(30);
 
 pub(crate) type SessionStream = ReceiverStream<Result<wire::SchedulerMessage, Status>>;
+pub(crate) type AnswerStream = ReceiverStream<Result<wire::AnswerPiece, Status>>;
 pub(crate) type WatchStream = ReceiverStream<Result<wire::JobView, Status>>;
 pub(crate) type LedgerStream = ReceiverStream<Result<wire::LedgerChunk, Status>>;
 
@@ -154,14 +160,17 @@ async fn listen(
     incoming: &mut Streaming<wire::NodeMessage>,
 ) -> Ended {
     let mut nonsense = 0;
-    let mut pace = Pace::new();
+    let (mut pace, mut pieces) = (Pace::new(MESSAGES_PER_SECOND), Pace::new(PIECES_PER_SECOND));
     loop {
         let message = match incoming.message().await {
             Ok(Some(message)) => message,
             Ok(None) => return Ended::Gone("the node closed it".into()),
             Err(status) => return Ended::Gone(clean(status.message(), 200)),
         };
-        pace.keep().await;
+        match &message.message {
+            Some(wire::node_message::Message::Piece(_)) => pieces.keep().await,
+            _ => pace.keep().await,
+        }
         // A usage carries up to 256 readings, 40 µs each: not on a thread that serves sockets.
         let heavy = matches!(&message.message, Some(wire::node_message::Message::Usage(_)));
         let understood = if heavy {
@@ -177,6 +186,10 @@ async fn listen(
             Ok(FromNode::Hello { report, .. }) => ToScheduler::Report(report),
             Ok(FromNode::Log { key, text }) => {
                 tracing::info!(node = %node.short(), lease = %key, "{text}");
+                continue;
+            }
+            Ok(FromNode::Piece { key, piece }) => {
+                shared.streams.hear(shared, node, key, piece).await;
                 continue;
             }
             Ok(FromNode::Goodbye { reason }) => return Ended::Gone(reason),
@@ -224,13 +237,15 @@ fn result_is_here(shared: &Shared, node: NodeId, said: &ToScheduler) -> bool {
 
 /// Spreads what arrives too fast.
 struct Pace {
+    per_second: f64,
     tokens: f64,
     at: Instant,
 }
 
 impl Pace {
-    fn new() -> Self {
+    fn new(per_second: f64) -> Self {
         Self {
+            per_second,
             tokens: MESSAGES_BURST,
             at: Instant::now(),
         }
@@ -238,11 +253,11 @@ impl Pace {
 
     async fn keep(&mut self) {
         let now = Instant::now();
-        let earned = now.duration_since(self.at).as_secs_f64() * MESSAGES_PER_SECOND;
+        let earned = now.duration_since(self.at).as_secs_f64() * self.per_second;
         self.tokens = (self.tokens + earned).min(MESSAGES_BURST) - 1.0;
         self.at = now;
         if self.tokens < 0.0 {
-            tokio::time::sleep(Duration::from_secs_f64(-self.tokens / MESSAGES_PER_SECOND)).await;
+            tokio::time::sleep(Duration::from_secs_f64(-self.tokens / self.per_second)).await;
         }
     }
 }
@@ -275,6 +290,53 @@ pub(crate) fn watch(shared: Arc<Shared>, job: JobId, slot: crate::limits::WatchS
                     let _ = outbox.try_send(Err(Status::unavailable(word)));
                     return;
                 }
+            }
+        }
+    });
+    ReceiverStream::new(outgoing)
+}
+
+/// An answer as it is written, until its attempt or its job ends.
+pub(crate) fn answer(
+    shared: Arc<Shared>,
+    job: JobId,
+    mut reader: Reader,
+    slot: crate::limits::WatchSlot,
+) -> AnswerStream {
+    let (outbox, outgoing) = mpsc::channel(2);
+    tokio::spawn(async move {
+        let _slot = slot;
+        let mut changes = shared.watchers.subscribe(job);
+        let mut written = 0;
+        loop {
+            while let Some(fresh) = reader.take() {
+                if written != 0 && fresh.fence != written {
+                    return;
+                }
+                written = fresh.fence;
+                let piece = wire::AnswerPiece {
+                    fence: fresh.fence,
+                    text: fresh.text,
+                    tokens: fresh.tokens,
+                };
+                // A slow reader holds up this task alone, and gets more at a time.
+                if outbox.send(Ok(piece)).await.is_err() {
+                    return;
+                }
+            }
+            let lives = shared.look(|c| c.job(&job)).await.is_some_and(|view| {
+                let part = view.parts.first();
+                let lost = part.is_none_or(|p| p.fence != written || p.state == JobState::Queued);
+                !(view.state.ended() || (written != 0 && lost))
+            });
+            if !lives {
+                return;
+            }
+            tokio::select! {
+                () = reader.changed() => {}
+                changed = changes.changed() => if changed.is_err() { return },
+                () = outbox.closed() => return,
+                () = shared.stopped() => return,
             }
         }
     });

@@ -46,6 +46,8 @@ pub struct InitOptions {
     pub artifact_port: u16,
     /// TCP port of health checks, on loopback.
     pub monitor_port: u16,
+    /// TCP port of HTTP for OpenAI's clients, on loopback; off when 0.
+    pub gateway_port: u16,
     /// Admits any key, with this budget for a user. For trials on one machine.
     pub open: Option<Credits>,
 }
@@ -63,6 +65,7 @@ impl InitOptions {
             peer_port: 7401,
             artifact_port: 7402,
             monitor_port: 7403,
+            gateway_port: 0,
             open: None,
         }
     }
@@ -246,8 +249,10 @@ fn template(options: &InitOptions) -> String {
         peer_port,
         artifact_port,
         monitor_port,
+        gateway_port,
         ..
     } = options;
+    let gateway_at = if *gateway_port == 0 { 7404 } else { *gateway_port };
     let quoted = |text: &str| toml::Value::String(text.to_owned()).to_string();
     let reached = |port: &u16| match host.parse::<IpAddr>() {
         Ok(ip) => SocketAddr::new(ip, *port).to_string(),
@@ -302,6 +307,16 @@ listen = {monitor_listen}
 # certificate = "/etc/karez/monitor.pem"
 # key = "/etc/karez/monitor.key"
 
+# HTTP as OpenAI's clients speak it, for holders of API keys (`karez key new`) (TCP).
+[gateway]
+enabled = {gateway}
+listen = {gateway_listen}
+# The host and port that users are told, where it is another.
+# advertise = "karez.example.org:7404"
+# Needed to listen anywhere but on this machine: an X.509 certificate and its key, as PEM files.
+# certificate = "/etc/karez/gateway.pem"
+# key = "/etc/karez/gateway.key"
+
 # "invited": keys that redeem an invitation. "open": any key; each user starts with these credits.
 [admission]
 mode = "{mode}"
@@ -325,6 +340,8 @@ credits = "{budget}"
 # watches_max = 64            # of one key at a time
 "#,
         name = quoted(&options.name),
+        gateway = *gateway_port != 0,
+        gateway_listen = quoted(&SocketAddr::from(([127, 0, 0, 1], gateway_at)).to_string()),
         institution = quoted(options.institution.as_str()),
         control_listen = quoted(&SocketAddr::new(*listen, *control_port).to_string()),
         control_advertise = quoted(&reached(control_port)),

@@ -7,4 +7,5 @@ mod bad_days;
 mod bad_input;
 mod good_days;
 mod net;
+mod openai;
 mod training;

@@ -58,6 +58,10 @@ pub(crate) fn karez(home: &Path, args: &[&str]) -> Command {
         .env("KAREZ_HOME", home)
         .env("NO_COLOR", "1")
         .stdin(Stdio::null());
+    // What a command writes by default lands in its own folder, never among the sources.
+    if let Some(folder) = home.ancestors().find(|folder| folder.is_dir()) {
+        command.current_dir(folder);
+    }
     command
 }
 

@@ -34,6 +34,7 @@ impl Controller {
         out: &mut Vec<Effect>,
     ) -> Result<JobId, Denial> {
         let member = self.need(caller, Role::User)?;
+        self.still_delegated(now, caller)?;
         let id = JobId(order.id());
         let no = |why: &str| Err(Denial::Order(why.into()));
         if order.user.0 != caller {
@@ -86,7 +87,13 @@ impl Controller {
                 max: self.config.jobs_open_user_max,
             });
         }
-        let grant = self.grant_for(now, &order);
+        // A delegated key has its own budget and nothing else: no grant of its institution's.
+        let own_only = self.delegation(&caller).is_some();
+        let grant = if own_only {
+            None
+        } else {
+            self.grant_for(now, &order)
+        };
         let granted = grant.map_or(Credits::ZERO, |(_, left)| left);
         let has = self.budget(user(caller)).saturating_add(granted);
         if order.credits_max > has {
@@ -189,7 +196,14 @@ impl Controller {
     }
 
     /// Ends a job before its time: stops what runs, and gives back what is left in escrow.
-    fn end_job(&mut self, now: Now, id: JobId, state: JobState, cause: String, out: &mut Vec<Effect>) {
+    pub(super) fn end_job(
+        &mut self,
+        now: Now,
+        id: JobId,
+        state: JobState,
+        cause: String,
+        out: &mut Vec<Effect>,
+    ) {
         let Some(job) = self.jobs.get(&id) else { return };
         let open: Vec<PartIndex> = (0u32..)
             .zip(&job.parts)

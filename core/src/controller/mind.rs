@@ -6,15 +6,17 @@ use super::{
     admission::{INVITATIONS, MEMBERS, Redeemed},
     guide::Guide,
     job::{JOBS, Job, PARTS, Part},
+    keys::{DELEGATIONS, REVOKED},
 };
 use crate::{
     fair::FairShare,
-    id::{Digest, Institution, JobId, LeaseKey},
+    id::{Digest, Institution, JobId, LeaseKey, RecordId},
     key::{NodeId, PublicKey, SchedulerId},
     market::Market,
     money::Accounts,
     placement::{Plan, Policy},
     prelude::*,
+    records::{Delegation, Verified},
     store::{Stored, StoredError, read},
     unit::{Credits, DeviceMillis, Millis, MonoMillis, Now, Rate, UtcMillis},
 };
@@ -37,6 +39,9 @@ pub struct Controller {
     pub(super) market: Market,
     pub(super) members: BTreeMap<PublicKey, Member>,
     pub(super) invitations: BTreeMap<u64, Redeemed>,
+    /// By the key they admit.
+    pub(super) delegations: BTreeMap<PublicKey, Verified<Delegation>>,
+    pub(super) revoked: BTreeMap<RecordId, UtcMillis>,
     pub(super) accounts: Accounts,
     pub(super) books: Books,
     pub(super) jobs: BTreeMap<JobId, Job>,
@@ -94,6 +99,8 @@ impl Controller {
         LIMITS,
         PAYMENTS,
         SHARES,
+        DELEGATIONS,
+        REVOKED,
     ];
 
     /// The mind as it was when the process last lived, with the book's balances. Follow with [`Event::Started`].
@@ -111,6 +118,8 @@ impl Controller {
             market: Market::new(Policy::default()),
             members: BTreeMap::new(),
             invitations: BTreeMap::new(),
+            delegations: BTreeMap::new(),
+            revoked: BTreeMap::new(),
             accounts,
             books: Books::default(),
             jobs: BTreeMap::new(),
@@ -149,6 +158,14 @@ impl Controller {
                         .try_into()
                         .map_err(|_| bad(pair, "the key is not 8 bytes"))?;
                     c.invitations.insert(u64::from_be_bytes(nonce), read(pair)?);
+                }
+                DELEGATIONS => {
+                    let delegation: Verified<Delegation> = read(pair)?;
+                    c.delegations.insert(delegation.key, delegation);
+                }
+                REVOKED => {
+                    let id = Digest::try_from(pair.key.as_slice()).map_err(|e| bad(pair, &e.to_string()))?;
+                    c.revoked.insert(id, read(pair)?);
                 }
                 JOBS => {
                     let job: Job = read(pair)?;
@@ -260,6 +277,12 @@ impl Controller {
                 caller,
                 filed,
             } => self.on_file(now, request, caller, filed, out),
+            Event::Delegate {
+                request,
+                caller,
+                delegation,
+            } => self.on_delegate(now, request, caller, delegation, out),
+            Event::Revoke { request, caller, key } => self.on_revoke(now, request, caller, key, out),
             Event::Cancel { request, caller, job } => {
                 let reply = match self.cancel(now, caller, job, out) {
                     Ok(()) => Reply::Cancelled(job),

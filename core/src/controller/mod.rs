@@ -11,6 +11,7 @@ mod billing;
 mod guide;
 mod job;
 mod jobs;
+mod keys;
 mod mind;
 mod nodes;
 mod placing;
@@ -22,6 +23,7 @@ pub use accounting::{ANSWERS_MAX, Filed, GRANTS_MAX};
 pub use admission::{Member, REDEMPTIONS_MAX};
 pub use job::{Job, JobState, Part, PartState};
 pub use jobs::{ORDER_LIFE_MAX, SPENT_MAX};
+pub use keys::KEYS_OF_USER_MAX;
 pub use mind::Controller;
 pub use view::{Explanation, JobView, LogLine, NodeStatus, PartView, Start};
 
@@ -32,7 +34,7 @@ use crate::{
     money::PostingError,
     placement,
     prelude::*,
-    records::{Invitation, Offer, Order, Role, Verified},
+    records::{Delegation, Invitation, Offer, Order, Role, Verified},
     store::Change,
     unit::{Credits, Millis},
 };
@@ -157,6 +159,24 @@ pub enum Event {
         /// The record.
         filed: Filed,
     },
+    /// A user lets another key sign orders.
+    Delegate {
+        /// To be answered with [`Reply::Delegated`] or [`Reply::Refused`].
+        request: RequestId,
+        /// The caller's key.
+        caller: PublicKey,
+        /// The grant.
+        delegation: Verified<Delegation>,
+    },
+    /// A user takes such a key back.
+    Revoke {
+        /// To be answered with [`Reply::Delegated`] or [`Reply::Refused`].
+        request: RequestId,
+        /// The caller's key.
+        caller: PublicKey,
+        /// Which key.
+        key: PublicKey,
+    },
     /// Time passed. The shell sends one at [`Controller::wake_at`], and at least every second while jobs are open.
     Tick,
 }
@@ -203,6 +223,8 @@ pub enum Reply {
     Cancelled(JobId),
     /// The record is in the books.
     Filed(RecordId),
+    /// The key is admitted with that budget, or taken back with what was left.
+    Delegated(Credits),
     /// No.
     Refused(Denial),
 }
@@ -264,6 +286,9 @@ pub enum Denial {
     /// Only the operator may.
     #[error("only the scheduler's operator may do this: run it with the scheduler's key")]
     NotOperator,
+    /// A delegated key that cannot be, or not any more.
+    #[error("the key {0}")]
+    Key(String),
     /// The books refuse.
     #[error("the ledger refuses: {0}")]
     Ledger(PostingError),

@@ -4,6 +4,7 @@
 //! functions that act take `Verified`. Each record names its predecessor by digest:
 //! [`Order`] → [`Lease`] → [`MeterReading`] … → [`Usage`] → [`Receipt`] → [`Acceptance`], or [`Dispute`] → [`Ruling`].
 //! Beside it stand the records of who pays: [`Grant`], [`RateCard`], [`CreditLimit`], [`Payment`].
+mod delegation;
 mod envelope;
 mod funding;
 mod lease;
@@ -16,6 +17,7 @@ mod trail;
 mod verdict;
 mod wire;
 
+pub use delegation::Delegation;
 pub use envelope::{
     Record, RecordError, SignatureCheck, Signed, Strict, ToCheck, Verified, describe, to_check,
 };

@@ -38,12 +38,39 @@ pub enum FromNode {
         /// The line.
         text: String,
     },
+    /// A piece of an answer that is being written.
+    Piece {
+        /// Of which lease.
+        key: LeaseKey,
+        /// The piece.
+        piece: Piece,
+    },
     /// The node ends the session on purpose.
     Goodbye {
         /// Why.
         reason: String,
     },
 }
+
+/// Some tokens of an answer. Text is kept as it is, control characters included: it is the answer.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Piece {
+    /// Which item of the input.
+    pub item: u64,
+    /// Tokens of this answer before the piece.
+    pub first_token: u64,
+    /// Whole code points; at most [`PIECE_BYTES_MAX`].
+    pub text: String,
+    /// The tokens it came from; at most [`PIECE_TOKENS_MAX`].
+    pub tokens: Vec<u32>,
+    /// JSON, one entry for each token; empty when not asked for. At most [`PIECE_BYTES_MAX`].
+    pub logprobs: String,
+}
+
+/// Bytes of a piece's text, and of its log-probabilities, at most.
+pub const PIECE_BYTES_MAX: usize = 256 << 10;
+/// Tokens of one piece at most.
+pub const PIECE_TOKENS_MAX: usize = 4096;
 
 /// What a scheduler says in a node's session.
 // Moved once, from the wire to the mind: a box would only cost its readers.
@@ -85,6 +112,14 @@ impl From<FromNode> for wire::NodeMessage {
             FromNode::Log { key, text } => Message::Log(wire::LogLine {
                 key: Some(key.into()),
                 text: clean(&text, TEXT_MAX),
+            }),
+            FromNode::Piece { key, piece } => Message::Piece(wire::Piece {
+                key: Some(key.into()),
+                item: piece.item,
+                first_token: piece.first_token,
+                text: piece.text,
+                tokens: piece.tokens,
+                logprobs: piece.logprobs,
             }),
             FromNode::Goodbye { reason } => Message::Goodbye(wire::Goodbye {
                 reason: clean(&reason, TEXT_MAX),
@@ -144,6 +179,21 @@ impl TryFrom<wire::NodeMessage> for FromNode {
                 return Ok(Self::Log {
                     key: key("log", w.key)?,
                     text: clean(&w.text, TEXT_MAX),
+                });
+            }
+            Message::Piece(w) => {
+                bounded("piece", "text", w.text.len(), PIECE_BYTES_MAX)?;
+                bounded("piece", "tokens", w.tokens.len(), PIECE_TOKENS_MAX)?;
+                bounded("piece", "logprobs", w.logprobs.len(), PIECE_BYTES_MAX)?;
+                return Ok(Self::Piece {
+                    key: key("piece", w.key)?,
+                    piece: Piece {
+                        item: w.item,
+                        first_token: w.first_token,
+                        text: w.text,
+                        tokens: w.tokens,
+                        logprobs: w.logprobs,
+                    },
                 });
             }
             Message::Goodbye(w) => {

@@ -179,6 +179,9 @@ pub enum Rule {
         /// How often.
         uses: u32,
     },
+    /// Only what a delegation lent can come back by it.
+    #[error("it never lent credits")]
+    NeverLent,
     /// A job reserves once.
     #[error("it has reserved its credits before")]
     Reserved,

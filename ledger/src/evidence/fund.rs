@@ -8,9 +8,9 @@ use super::{
 };
 use karez_core::{
     id::JobId,
-    key::SchedulerId,
+    key::{SchedulerId, UserId},
     money::{Account, Posting, PostingKind},
-    records::{CreditLimit, Grant, Invitation, Order, Payment, RateCard, Role, SignatureCheck},
+    records::{CreditLimit, Delegation, Grant, Invitation, Order, Payment, RateCard, Role, SignatureCheck},
     unit::Credits,
 };
 
@@ -19,6 +19,9 @@ type Claimed = Result<Claim, EvidenceError>;
 pub(super) fn grant(posting: &Posting, scheduler: SchedulerId, by: &dyn SignatureCheck) -> Claimed {
     if let Some((from, to @ Account::Grant(_), moved)) = two_legs(posting) {
         return fund(posting, (from, to, moved), scheduler, by);
+    }
+    if let Some((from @ Account::User(_), to @ Account::User(_), moved)) = two_legs(posting) {
+        return delegate(posting, (from, to, moved), scheduler, by);
     }
     let wrong = || shape(PostingKind::Grant);
     let Some(((Account::Federation, gives), users)) = posting.legs.split_first() else {
@@ -71,6 +74,36 @@ fn fund(
     }
     let value: &Grant = &grant;
     Ok(Claim::Fund(grant.id(), Box::new(value.clone())))
+}
+
+/// Credits that a user lends to a delegated key, or their way back: both stand on the user's own record.
+fn delegate(
+    posting: &Posting,
+    (from, to, moved): (&Account, &Account, Credits),
+    scheduler: SchedulerId,
+    by: &dyn SignatureCheck,
+) -> Claimed {
+    let [bytes] = posting.evidence.as_slice() else {
+        return Err(shape(PostingKind::Grant));
+    };
+    let delegation: Paper<Delegation> = Paper::open(by, 0, bytes)?;
+    delegation.same("scheduler", delegation.scheduler, "the ledger", scheduler)?;
+    let (user, key) = (
+        Account::User(delegation.user),
+        Account::User(UserId(delegation.key)),
+    );
+    let there = *from == user;
+    let (gives, receives) = if there { (user, key) } else { (key, user) };
+    delegation.account(from, gives)?;
+    delegation.account(to, receives)?;
+    if there && moved != delegation.credits {
+        let says = delegation.credits;
+        return delegation.breaks(Rule::Amount { moved, says });
+    }
+    Ok(Claim::Delegate {
+        id: delegation.id(),
+        there,
+    })
 }
 
 pub(super) fn reserve(posting: &Posting, scheduler: SchedulerId, by: &dyn SignatureCheck) -> Claimed {

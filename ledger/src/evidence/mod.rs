@@ -4,6 +4,8 @@
 //! |---|---|---|
 //! | grant | federation −, users + | nothing, or the invitation of the one user (amount up to its credits) |
 //! | grant | the payer −, `grant:ID` + | the grant (all its credits; once) |
+//! | grant | `user:delegation.user` −, `user:delegation.key` + | the delegation (all its credits; once) |
+//! | grant | `user:delegation.key` −, `user:delegation.user` + | the same delegation, after it lent |
 //! | reserve | `grant:ID` −, if one pays; `user:order.user` −; `escrow:job` + | the order (up to `credits_max`; once per job; the grant covers it) |
 //! | settle | `escrow:job` −, `institution:lease.institution` + | order, lease, all readings, usage, receipt |
 //! | release | `escrow:job` −, the job's user +, `grant:ID` + if one paid | nothing (all that is left, the user's own first; once per job) |
@@ -68,6 +70,11 @@ impl Examined {
 pub(crate) enum Claim {
     Grant(Option<Redeem>),
     Fund(RecordId, Box<Grant>),
+    /// Credits lent to a delegated key, or coming back from it.
+    Delegate {
+        id: RecordId,
+        there: bool,
+    },
     Reserve(Reserved),
     Settle(Settled),
     Release {
@@ -210,7 +217,8 @@ fn shape(kind: PostingKind) -> EvidenceError {
         needs: match kind {
             PostingKind::Grant => {
                 "a leg of the federation that gives, then legs of users that receive, and no evidence but one \
-                 invitation; or a payer that gives, a grant that receives, and that grant as evidence"
+                 invitation; or a payer that gives, a grant that receives, and that grant as evidence; \
+                 or a user and the key it delegated, and that delegation as evidence"
             }
             PostingKind::Reserve => {
                 "a grant or a user or both that give, an escrow that receives, and the order as evidence"

@@ -7,7 +7,9 @@ use karez_core::{
     id::{Institution, JobId, LeaseKey, RecordId},
     key::UserId,
     money::{Account, Accounts},
-    records::{CreditLimit, Grant, Invitation, Order, Payment, RateCard, Receipt, Record, Ruling},
+    records::{
+        CreditLimit, Delegation, Grant, Invitation, Order, Payment, RateCard, Receipt, Record, Ruling,
+    },
     unit::{Credits, UtcMillis},
 };
 use std::collections::{HashMap, HashSet};
@@ -48,6 +50,10 @@ fn released_mark(job: &JobId) -> Mark {
 
 fn answered_mark(receipt: &RecordId) -> Mark {
     mark(&[b"answered", &receipt.0])
+}
+
+fn delegation_mark(delegation: &RecordId) -> Mark {
+    mark(&[b"delegation", &delegation.0])
 }
 
 fn payment_mark(payment: &RecordId) -> Mark {
@@ -143,6 +149,15 @@ impl Trail {
                     return breaks::<Grant>(0, *id, Rule::PostedTwice);
                 }
                 Ok(Change::Fund(*id, grant.clone()))
+            }
+            Claim::Delegate { id, there } => {
+                let mark = delegation_mark(id);
+                match (self.marks.contains(&mark), there) {
+                    (false, true) => Ok(Change::Mark(mark)),
+                    (true, false) => Ok(Change::Nothing),
+                    (true, true) => breaks::<Delegation>(0, *id, Rule::PostedTwice),
+                    (false, false) => breaks::<Delegation>(0, *id, Rule::NeverLent),
+                }
             }
             Claim::Reserve(reserved) => self.check_reserve(at, reserved),
             Claim::Settle(settled) => self.check_settle(settled),

@@ -6,8 +6,8 @@ use karez_core::{
     key::{NodeId, PublicKey, SchedulerId, SecretKey, UserId},
     money::{Account, Posting, PostingKind},
     records::{
-        Acceptance, Beneficiary, Constraints, CreditLimit, Dispute, Flag, Grant, Invitation, Lease,
-        MeterReading, Meters, Order, Outcome, Payment, RateCard, Receipt, Role, Ruling, Signed, Usage,
+        Acceptance, Beneficiary, Constraints, CreditLimit, Delegation, Dispute, Flag, Grant, Invitation,
+        Lease, MeterReading, Meters, Order, Outcome, Payment, RateCard, Receipt, Role, Ruling, Signed, Usage,
         Verified, Work,
     },
     unit::{Bytes, Credits, DeviceMillis, Millis, MonoMillis, Rate, UtcMillis},
@@ -459,4 +459,28 @@ pub fn all_kinds(jobs: u64) -> Vec<Posting> {
     out.push(limit("uni-lagos", 500, AT.0));
     out.push(payment("uni-lagos", "uni-0", 700, 1));
     out
+}
+
+/// User `n` lets the key of user `to` sign, with that budget.
+pub fn delegation(n: u8, to: u8, micro: u64) -> Verified<Delegation> {
+    delegation_with(n, to, micro, |_| {})
+}
+
+pub fn delegation_with(
+    n: u8,
+    to: u8,
+    micro: u64,
+    change: impl FnOnce(&mut Delegation),
+) -> Verified<Delegation> {
+    let mut record = Delegation {
+        user: user(n),
+        scheduler: scheduler(),
+        key: user(to).0,
+        name: "notebook".into(),
+        credits: Credits(micro),
+        issued_at: AT,
+        expires_at: UtcMillis(AT.0 + 1_000_000),
+    };
+    change(&mut record);
+    Signed::sign(record, &user_secret(n))
 }

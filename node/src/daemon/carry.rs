@@ -3,7 +3,8 @@ use super::{Daemon, DaemonError, Guest, INPUTS_MAX, Input, MODELS};
 use crate::{
     artifacts::at_host,
     control::Request,
-    runner::{self, Ended, Job},
+    runner::{self, Ended, Job, Told},
+    session::Link,
     stop::stop,
     wait::Backoff,
 };
@@ -270,9 +271,12 @@ impl Daemon {
         }
         let (tools, back) = (self.tools.clone(), self.back.clone());
         let progress = back.clone();
-        let tell = Box::new(move |meters| {
+        let pieces = self.links.get(&job.order.scheduler).map(Link::pieces);
+        let tell = Box::new(move |told| match told {
             // The next one says more.
-            let _ = progress.try_send(Input::from(Event::Progress { key, meters }));
+            Told::Meters(meters) => drop(progress.try_send(Input::from(Event::Progress { key, meters }))),
+            // Straight to the wire: it must not wait for the disk.
+            Told::Piece(piece) => pieces.iter().for_each(|pieces| pieces.say(key, piece.clone())),
         });
         tokio::spawn(async move {
             let lease = tokio::spawn(async move { runner::run(job, &tools, stopped, tell).await });

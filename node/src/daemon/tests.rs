@@ -50,6 +50,7 @@ impl Control for Fake {
     type SessionStream = ReceiverStream<Result<wire::SchedulerMessage, Status>>;
     type WatchStream = Nothing<wire::JobView>;
     type LedgerStream = Nothing<wire::LedgerChunk>;
+    type AnswerStream = Nothing<wire::AnswerPiece>;
 
     async fn session(
         &self,
@@ -130,6 +131,27 @@ impl Control for Fake {
         &self,
         _: GrpcRequest<wire::LedgerRequest>,
     ) -> Result<Response<Self::LedgerStream>, Status> {
+        no()
+    }
+    async fn answer(
+        &self,
+        _: GrpcRequest<wire::AnswerRequest>,
+    ) -> Result<Response<Self::AnswerStream>, Status> {
+        no()
+    }
+    async fn delegate(
+        &self,
+        _: GrpcRequest<wire::DelegateRequest>,
+    ) -> Result<Response<wire::DelegateReply>, Status> {
+        no()
+    }
+    async fn revoke(
+        &self,
+        _: GrpcRequest<wire::RevokeRequest>,
+    ) -> Result<Response<wire::DelegateReply>, Status> {
+        no()
+    }
+    async fn keys(&self, _: GrpcRequest<wire::KeysRequest>) -> Result<Response<wire::KeysReply>, Status> {
         no()
     }
     async fn head(&self, _: GrpcRequest<wire::HeadRequest>) -> Result<Response<wire::HeadReply>, Status> {

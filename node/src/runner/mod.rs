@@ -19,6 +19,7 @@ use karez_core::{
     artifact::ArtifactRef,
     id::LeaseKey,
     records::{Generate, Order, Verified, Work},
+    translate::Piece,
     unit::{Bytes, Millis},
 };
 use karez_engine::{
@@ -115,8 +116,17 @@ impl From<EngineError> for Failure {
     }
 }
 
-/// Called with totals, at most every [`PROGRESS_EVERY`]. Must not block.
-pub(crate) type Tell = Box<dyn Fn(WorkerMeters) + Send + Sync>;
+/// What a lease tells on its way.
+#[derive(Debug)]
+pub(crate) enum Told {
+    /// Totals, at most every [`PROGRESS_EVERY`].
+    Meters(WorkerMeters),
+    /// A piece of an answer, where the order asked for it.
+    Piece(Piece),
+}
+
+/// Must not block.
+pub(crate) type Tell = Box<dyn Fn(Told) + Send + Sync>;
 
 /// Runs one lease to its end. Gone within the grace once told to stop, whatever the worker does.
 pub(crate) async fn run(job: Job, tools: &Tools, stopped: Stopped, tell: Tell) -> Ended {
@@ -236,8 +246,27 @@ impl Running {
             self.told = Instant::now();
             let mut meters = self.meters;
             meters.tokens_out += self.live_tokens;
-            (self.tell)(meters);
+            (self.tell)(Told::Meters(meters));
         }
+    }
+
+    /// Tells a piece of an answer as it is written. One that gets lost is made good by the result.
+    fn stream(&self, item: u64, piece: protocol::Piece) {
+        if !matches!(&self.job.order.work, Work::Generate(g) if g.stream) {
+            return;
+        }
+        let logprobs = if piece.logprobs.is_empty() {
+            String::new()
+        } else {
+            serde_json::to_string(&piece.logprobs).unwrap_or_default()
+        };
+        (self.tell)(Told::Piece(Piece {
+            item,
+            first_token: self.live_tokens,
+            text: piece.text,
+            tokens: piece.tokens,
+            logprobs,
+        }));
     }
 
     fn write<T: Serialize>(&mut self, index: u64, id: Option<&Json>, what: T) -> Result<(), Failure> {
@@ -538,7 +567,15 @@ impl Running {
                 },
             };
             match event {
-                Some(Event::Token(piece)) => self.live_tokens += piece.tokens.len() as u64,
+                Some(Event::Token(piece)) => {
+                    let tokens = piece.tokens.len() as u64;
+                    if let Some((batch, _)) = flight.front()
+                        && let [item] = batch.as_slice()
+                    {
+                        self.stream(item.index, piece);
+                    }
+                    self.live_tokens += tokens;
+                }
                 Some(Event::Done { output, meters }) => {
                     self.live_tokens = 0;
                     add(&mut self.meters, &meters);

@@ -187,7 +187,11 @@ async fn progress_is_told_now_and_then_and_a_stop_is_heard() {
         tokio::time::sleep(Duration::from_millis(700)).await;
         stopper.stop(Duration::from_secs(5));
     };
-    let tell = Box::new(move |m: WorkerMeters| heard.lock().unwrap().push(m.items));
+    let tell = Box::new(move |told: Told| {
+        if let Told::Meters(m) = told {
+            heard.lock().unwrap().push(m.items)
+        }
+    });
     let (ended, ()) = tokio::join!(run(job, &bench.tools, stopped, tell), stopping);
     assert_eq!(ended.exit, Exit::Stopped);
     assert!(began.elapsed() < Duration::from_millis(1500));
@@ -291,7 +295,11 @@ async fn a_worker_that_dies_is_replaced_and_every_line_is_answered_once() {
     let (_stopper, stopped) = stop();
     let done = Arc::new(Mutex::new(0));
     let told = done.clone();
-    let tell = Box::new(move |m: WorkerMeters| *told.lock().unwrap() = m.items);
+    let tell = Box::new(move |said: Told| {
+        if let Told::Meters(m) = said {
+            *told.lock().unwrap() = m.items;
+        }
+    });
     let killing = async {
         // Once it is at work.
         let before = loop {
@@ -388,4 +396,45 @@ async fn a_model_that_does_not_fit_is_refused_with_the_figures() {
         bench.tools.warm.pids().is_empty(),
         "no process was started for it"
     );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn pieces_are_told_where_the_order_asks_and_make_up_the_result() {
+    let bench = bench();
+    for stream in [true, false] {
+        let work = Work::Generate(Generate {
+            stream,
+            ..generate_with(&bench, 20)
+        });
+        let job = job(&bench, work, b"\"water\"\n", 0, 1);
+        let (_stopper, stopped) = stop();
+        let pieces = Arc::new(Mutex::new(Vec::new()));
+        let heard = pieces.clone();
+        let tell = Box::new(move |said: Told| {
+            if let Told::Piece(piece) = said {
+                heard.lock().unwrap().push(piece);
+            }
+        });
+        let ended = run(job, &bench.tools, stopped, tell).await;
+        let lines = lines_of(&bench, &ended);
+        let pieces = pieces.lock().unwrap();
+        if !stream {
+            assert!(pieces.is_empty());
+            continue;
+        }
+        assert!(pieces.len() > 1, "{pieces:?}");
+        let mut tokens = 0;
+        for piece in pieces.iter() {
+            assert_eq!(
+                (piece.item, piece.first_token),
+                (0, tokens),
+                "no gap and nothing twice"
+            );
+            tokens += piece.tokens.len() as u64;
+        }
+        let text: String = pieces.iter().map(|piece| piece.text.as_str()).collect();
+        assert_eq!(lines[0]["text"], text.as_str());
+        assert_eq!(lines[0]["tokens_out"], tokens);
+    }
+    bench.tools.warm.close();
 }

@@ -1,0 +1,239 @@
+"""The official OpenAI client, unmodified, against a real network. Run by tests/e2e/openai.rs.
+
+Arguments: what to check, then the encoder's name in the catalogue or nothing. OPENAI_BASE_URL and OPENAI_API_KEY are
+those of the network.
+"""
+import json
+import sys
+import time
+
+import openai
+
+MODEL = "karez-tiny"
+QUESTION = [{"role": "user", "content": "How should I wash my hands?"}]
+client = openai.OpenAI(timeout=120, max_retries=0)
+
+
+def refused(kind, call, code=None, param=None):
+    try:
+        call()
+    except kind as error:
+        assert code is None or error.code == code, error
+        assert param is None or error.param == param, error
+        return error
+    raise AssertionError(f"{kind.__name__} was expected")
+
+
+def models(_):
+    names = [model.id for model in client.models.list()]
+    assert MODEL in names, names
+    assert client.models.retrieve(MODEL).id == MODEL
+    refused(openai.NotFoundError, lambda: client.models.retrieve("nobody"), code="model_not_found")
+
+
+def chat(_):
+    ask = dict(model=MODEL, messages=QUESTION, max_completion_tokens=24, temperature=0)
+    whole = client.chat.completions.create(**ask)
+    choice = whole.choices[0]
+    assert choice.message.role == "assistant" and choice.message.content, whole
+    assert choice.finish_reason in ("stop", "length"), whole
+    assert whole.usage.completion_tokens > 0 and whole.usage.prompt_tokens > 0, whole
+    assert whole.usage.total_tokens == whole.usage.completion_tokens + whole.usage.prompt_tokens
+    assert whole.karez["institution"], whole
+    # The same, as it is written.
+    text, role, finish, usage, pieces = "", None, None, None, 0
+    for chunk in client.chat.completions.create(**ask, stream=True, stream_options={"include_usage": True}):
+        if not chunk.choices:
+            usage = chunk.usage
+            continue
+        assert chunk.usage is None, chunk
+        delta = chunk.choices[0].delta
+        role = delta.role or role
+        text += delta.content or ""
+        pieces += bool(delta.content)
+        finish = chunk.choices[0].finish_reason or finish
+    assert text == choice.message.content, (text, choice.message.content)
+    assert (role, finish) == ("assistant", choice.finish_reason)
+    assert usage.completion_tokens == whole.usage.completion_tokens, usage
+    assert pieces > 1, "it came in one piece"
+    # Log-probabilities and sampling controls.
+    logs = client.chat.completions.create(**ask, logprobs=True, top_logprobs=2, stop=["\n"], seed=7).choices[0]
+    assert logs.logprobs.content and len(logs.logprobs.content[0].top_logprobs) == 2, logs
+    # Tools reach the template; unknown fields are passed over.
+    tool = {"type": "function", "function": {"name": "rain", "description": "d", "parameters": {"type": "object"}}}
+    client.chat.completions.create(**ask, tools=[tool], user="me", extra_body={"never_heard_of": 1})
+
+
+def schema(_):
+    answer = client.chat.completions.create(
+        model=MODEL,
+        messages=QUESTION,
+        max_tokens=64,
+        temperature=0,
+        response_format={
+            "type": "json_schema",
+            "json_schema": {
+                "name": "answer",
+                "schema": {
+                    "type": "object",
+                    "properties": {"yes": {"type": "boolean"}},
+                    "required": ["yes"],
+                    "additionalProperties": False,
+                },
+            },
+        },
+    )
+    assert isinstance(json.loads(answer.choices[0].message.content)["yes"], bool), answer
+
+
+def completions(_):
+    one = client.completions.create(model=MODEL, prompt="Water", max_tokens=8, temperature=0)
+    assert one.choices[0].text and one.usage.completion_tokens <= 8, one
+    text = "".join(
+        chunk.choices[0].text
+        for chunk in client.completions.create(model=MODEL, prompt="Water", max_tokens=8, temperature=0, stream=True)
+    )
+    assert text == one.choices[0].text, (text, one)
+    several = client.completions.create(model=MODEL, prompt=["Water", "Soil"], max_tokens=4, temperature=0, logprobs=1)
+    assert [choice.index for choice in several.choices] == [0, 1], several
+    assert len(several.choices[1].logprobs.tokens) == len(several.choices[1].logprobs.token_logprobs)
+
+
+def embeddings(encoder):
+    texts = ["Rain fills the channel.", "The channel is full of rain.", "She sold her bicycle."]
+    # The client asks for base64 and decodes it; floats must be the same.
+    packed = [item.embedding for item in client.embeddings.create(model=encoder, input=texts).data]
+    plain = client.embeddings.create(model=encoder, input=texts, encoding_format="float")
+    floats = [item.embedding for item in plain.data]
+    assert plain.usage.prompt_tokens > 0, plain
+    for a, b in zip(packed, floats):
+        assert len(a) == len(b) == 384 and max(abs(x - y) for x, y in zip(a, b)) < 1e-6
+
+    def cosine(a, b):
+        return sum(x * y for x, y in zip(a, b))
+
+    assert cosine(packed[0], packed[1]) > cosine(packed[0], packed[2]) + 0.2
+
+
+def errors(_):
+    ask = dict(model=MODEL, messages=QUESTION, max_tokens=8)
+    other = openai.OpenAI(api_key="sk-nobody", timeout=60, max_retries=0)
+    refused(openai.AuthenticationError, lambda: other.models.list(), code="invalid_api_key")
+    other = openai.OpenAI(api_key="kz-" + "00" * 32, timeout=60, max_retries=0)
+    refused(openai.AuthenticationError, lambda: other.models.list(), code="invalid_api_key")
+    create = client.chat.completions.create
+    refused(openai.NotFoundError, lambda: create(**{**ask, "model": "gpt-9"}), code="model_not_found", param="model")
+    refused(openai.BadRequestError, lambda: create(**ask, temperature=77), param="temperature")
+    refused(openai.BadRequestError, lambda: create(**{**ask, "messages": []}), param="messages")
+    refused(openai.BadRequestError, lambda: create(**ask, n=2), param="n")
+    long = [{"role": "user", "content": "water " * 20000}]
+    refused(openai.BadRequestError, lambda: create(**{**ask, "messages": long}), code="context_length_exceeded")
+    refused(openai.NotFoundError, lambda: client.post("/nothing", body={}, cast_to=object))
+    refused(
+        openai.BadRequestError,
+        lambda: create(**ask, extra_body={"karez": {"countries": ["Atlantis"]}}),
+        param="karez.countries",
+    )
+
+
+def wishes(_):
+    ask = dict(model=MODEL, messages=QUESTION, max_tokens=4, temperature=0)
+
+    def institution(**karez):
+        return client.chat.completions.create(**ask, extra_body={"karez": karez}).karez["institution"]
+
+    assert institution(donated_only=True) == "hill-institute"
+    assert institution(countries=["KE"]) == "lake-university"
+    assert institution(prefer=["coast-computing"]) == "coast-computing"
+    assert institution(avoid=["hill-institute", "coast-computing"]) == "lake-university"
+    # Nobody of that name: a preference gives way, a demand does not.
+    assert institution(prefer=["atlantis"], countries=["BR"]) == "coast-computing"
+    refused(openai.InternalServerError, lambda: institution(institutions=["atlantis"]), code="no_capacity")
+    refused(openai.RateLimitError, lambda: institution(max_cost=1000), code="insufficient_quota")
+
+
+def batches(_):
+    """Forty lines, one of them beyond the context; answers in order, each once."""
+    lines = [
+        {
+            "custom_id": f"line-{i}",
+            "method": "POST",
+            "url": "/v1/chat/completions",
+            "body": {
+                "model": MODEL,
+                "messages": [{"role": "user", "content": "water " * (20000 if i == 7 else 1)}],
+                "max_tokens": 4,
+                "temperature": 0,
+            },
+        }
+        for i in range(40)
+    ]
+    bad = client.files.create(file=("bad.jsonl", b'{"custom_id": "x"}\n'), purpose="batch")
+    error = refused(
+        openai.BadRequestError,
+        lambda: client.batches.create(
+            input_file_id=bad.id, endpoint="/v1/chat/completions", completion_window="24h"
+        ),
+        param="body",
+    )
+    assert "line 1" in error.message, error
+    client.files.delete(bad.id)
+    refused(openai.NotFoundError, lambda: client.files.retrieve(bad.id))
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    file = client.files.create(file=("in.jsonl", text.encode()), purpose="batch")
+    assert client.files.content(file.id).text == text
+    assert file.id in [f.id for f in client.files.list()]
+    batch = client.batches.create(
+        input_file_id=file.id,
+        endpoint="/v1/chat/completions",
+        completion_window="24h",
+        metadata={"for": "a test"},
+    )
+    until = time.monotonic() + 90
+    while batch.status not in ("completed", "failed", "cancelled") and time.monotonic() < until:
+        time.sleep(0.5)
+        batch = client.batches.retrieve(batch.id)
+    assert batch.status == "completed", batch
+    counts = batch.request_counts
+    assert (counts.total, counts.completed, counts.failed) == (40, 39, 1), batch
+    assert batch.metadata == {"for": "a test"}
+    good = [json.loads(line) for line in client.files.content(batch.output_file_id).text.splitlines()]
+    assert [line["custom_id"] for line in good] == [f"line-{i}" for i in range(40) if i != 7]
+    assert all(line["response"]["body"]["choices"][0]["message"]["content"] for line in good), good
+    assert len({line["karez"]["receipt"] for line in good}) >= 1 and good[0]["karez"]["receipt"], good[0]
+    (bad,) = [json.loads(line) for line in client.files.content(batch.error_file_id).text.splitlines()]
+    assert bad["custom_id"] == "line-7"
+    assert bad["response"]["body"]["error"]["code"] == "context_length_exceeded", bad
+    assert batch.id in [b.id for b in client.batches.list()]
+
+
+def leave(_):
+    """Goes away in the middle of an answer."""
+    stream = client.chat.completions.create(model=MODEL, messages=QUESTION, max_tokens=400, stream=True, temperature=1)
+    for chunk in stream:
+        if chunk.choices and chunk.choices[0].delta.content:
+            print(chunk.id.removeprefix("chatcmpl-"), flush=True)
+            break
+    stream.close()
+
+
+def follow(_):
+    """Tells each piece as it comes, for a test that kills nodes meanwhile."""
+    # Tokens that end an answer are forbidden: it goes on to its length.
+    ends = {"0": -100, "1": -100, "2": -100}
+    seen = ""
+    for chunk in client.chat.completions.create(
+        model=MODEL, messages=QUESTION, max_tokens=440, stream=True, temperature=0, logit_bias=ends
+    ):
+        if chunk.choices:
+            seen += chunk.choices[0].delta.content or ""
+            where = getattr(chunk, "karez", None) or {}
+            told = {"seen": seen, "finish": chunk.choices[0].finish_reason, "institution": where.get("institution")}
+            print(json.dumps(told), flush=True)
+
+
+if __name__ == "__main__":
+    check, encoder = sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else None
+    began = time.monotonic()
+    globals()[check](encoder)
+    print(f"{check}: {time.monotonic() - began:.1f} s", file=sys.stderr)
