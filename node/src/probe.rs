@@ -115,8 +115,8 @@ pub async fn probe(cache: &Path, limits: &Limits, worker: Option<&WorkerProgram>
         isa: karez_engine::probe::Isa::Other,
         cpu: std::env::consts::ARCH.into(),
         cores: 1,
-        memory: karez_engine::unit::Bytes(0),
-        memory_free: karez_engine::unit::Bytes(0),
+        memory: Bytes::ZERO,
+        memory_free: Bytes::ZERO,
         gpus: Vec::new(),
     });
     let threads = threads_lent(limits, machine.cores);
@@ -189,7 +189,7 @@ fn describe(
     gpu: bool,
     measured: &Measured,
 ) -> Found {
-    let memory = Bytes(machine.memory.0);
+    let memory = machine.memory;
     let memory_lent = limits.memory.unwrap_or(Bytes(memory.0 / 2)).min(memory);
     let mut notes = Vec::new();
     let mut devices = Vec::new();
@@ -216,7 +216,7 @@ fn describe(
         });
         device.count += 1;
         device.gpus.push(found.uuid.clone());
-        device.memory = device.memory.min(Bytes(found.memory.0));
+        device.memory = device.memory.min(found.memory);
     }
     if gpus.is_empty() {
     } else if !gpu {

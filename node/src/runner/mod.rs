@@ -20,7 +20,7 @@ use karez_core::{
     id::LeaseKey,
     records::{Generate, Order, Verified, Work},
     translate::Piece,
-    unit::{Bytes, Millis},
+    unit::Bytes,
 };
 use karez_engine::{
     EngineError, Event, FailureKind, Run,
@@ -462,7 +462,7 @@ impl Running {
         let file = tokio::task::spawn_blocking(move || karez_engine::inspect::inspect(&inspected))
             .await
             .map_err(|_| Failure::Node("the model could not be inspected".into()))??;
-        let memory = karez_engine::unit::Bytes(job.memory.0);
+        let memory = job.memory;
         let (context, cache) = match kind {
             LoadKind::Generate => {
                 let context = file.context_for(job.context_tokens);
@@ -505,7 +505,7 @@ impl Running {
         let start = Start {
             key,
             load,
-            memory: Bytes(estimate.0),
+            memory: estimate,
             model: files,
             adapters,
             load_max: LOAD_MAX,
@@ -739,8 +739,8 @@ fn blame(error: EngineError, batch: &[Item]) -> Failure {
 }
 
 fn add(total: &mut WorkerMeters, used: &protocol::Meters) {
-    total.cpu = total.cpu.saturating_add(Millis(used.cpu_ms.0));
-    total.memory_peak = total.memory_peak.max(Bytes(used.peak_rss.0));
+    total.cpu = total.cpu.saturating_add(used.cpu_ms);
+    total.memory_peak = total.memory_peak.max(used.peak_rss);
     total.tokens_in += used.tokens_in;
     total.tokens_out += used.tokens_out;
     total.tokens_cached += used.tokens_cached;

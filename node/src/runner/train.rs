@@ -22,7 +22,7 @@ impl Running {
         std::fs::create_dir(&scratch.0).map_err(|e| Failure::Node(format!("the node's disk: {e}")))?;
         let load = Load {
             threads: Some(self.job.threads),
-            memory_limit: Some(karez_engine::unit::Bytes(self.job.memory.0)),
+            memory_limit: Some(self.job.memory),
             scratch: Some(scratch.0.clone()),
             ..Load::new(LoadKind::Train, files.path.clone())
         };
@@ -31,7 +31,7 @@ impl Running {
         let start = Start {
             key,
             load,
-            memory: Bytes(memory.min(self.job.memory.0)),
+            memory: Bytes(memory).min(self.job.memory),
             model: files,
             adapters: scratch,
             load_max: LOAD_MAX,
@@ -131,7 +131,7 @@ impl Running {
         if let Some((name, _)) = from {
             let _ = std::fs::remove_file(scratch.join(name));
         }
-        self.meters.bytes_out = Bytes(made.bytes.0);
+        self.meters.bytes_out = made.bytes;
         self.meters.items = made.step.saturating_sub(first);
         if let Some(loss) = made.loss {
             self.meters.loss_micro = (loss.max(0.0) * 1e6) as u64;

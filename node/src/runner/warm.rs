@@ -331,8 +331,8 @@ impl Warm {
                 .filter(|entry| entry.leases == 0 && !entry.pinned);
             let Some(oldest) = idle.map(|entry| entry.used).min() else {
                 return Err(EngineError::TooLarge {
-                    needs: karez_engine::unit::Bytes(bytes),
-                    has: karez_engine::unit::Bytes(self.policy.memory.0.saturating_sub(used)),
+                    needs: Bytes(bytes),
+                    has: self.policy.memory.saturating_sub(Bytes(used)),
                 });
             };
             leaving.extend(state.take(|entry| entry.leases == 0 && !entry.pinned && entry.used == oldest));
