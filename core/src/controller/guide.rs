@@ -25,8 +25,6 @@ const STEPS_MAX: u32 = 20_000;
 /// The most kinds of work and of capacity in one problem; what is beyond is placed without advice.
 const SHAPES_MAX: usize = 700;
 const GROUPS_MAX: usize = 700;
-/// A group's devices are told apart by price in so many steps.
-const TIERS: usize = 4;
 
 /// What the slow path advises.
 #[derive(Debug, Clone, Default)]
@@ -141,13 +139,10 @@ impl Controller {
             }
         }
         let mut columns = Vec::new();
-        for (group, mut devices) in by_group {
-            devices.sort_unstable();
-            let least = devices.first().map_or(0, |(rate, _)| *rate);
-            for tier in devices.chunks(devices.len().div_ceil(TIERS)) {
-                let free = tier.iter().map(|(_, free)| free).sum();
-                let paid: u128 = tier.iter().map(|(r, f)| u128::from(*r) * u128::from(*f)).sum();
-                let mean = (paid / u128::from(free)) as u64;
+        let tiers = flow::tiers(by_group.len());
+        for (group, devices) in by_group {
+            let least = devices.iter().map(|(rate, _)| *rate).min().unwrap_or(0);
+            for (mean, free) in flow::by_price(devices, tiers) {
                 columns.push(Column {
                     group,
                     free,

@@ -12,7 +12,8 @@ use crate::prelude::*;
 /// The demand cannot go to that supply.
 pub const FORBIDDEN: i64 = i64::MAX;
 
-/// The largest cost of a unit that is understood; larger ones are taken as this.
+/// The largest cost of a unit that is understood; larger ones are taken as this. A potential is a sum of such costs along
+/// a path of the tree, and of at most two artificial ones: under 2⁵³ up to four thousand rows or columns.
 const COST_MAX: i64 = 1 << 40;
 /// What no real arc costs: artificial ones are emptied first.
 const ARTIFICIAL: i64 = 1 << 50;
@@ -59,13 +60,66 @@ pub fn solve(problem: &Problem, steps_max: u32) -> Option<Solution> {
     Some(tree.solution(problem, steps))
 }
 
+/// The most columns that finer steps of price may make.
+const COLUMNS_MAX: usize = 2_800;
+/// The most steps of one kind of capacity.
+const TIERS_MAX: usize = 16;
+
+/// Into how many steps of price each of so many kinds of capacity is told apart: the fewer kinds, the finer.
+pub fn tiers(kinds: usize) -> usize {
+    (COLUMNS_MAX / kinds.max(1)).clamp(1, TIERS_MAX)
+}
+
+/// Tells one kind of capacity apart by price, as pairs of price and units: at most `most` steps, each the mean price of
+/// what is in it and its units, cheapest first. What costs the same is never parted, and as long as there are no more
+/// prices than steps nothing is lost.
+pub fn by_price(devices: impl IntoIterator<Item = (u64, u64)>, most: usize) -> Vec<(u64, u64)> {
+    let mut prices: BTreeMap<u64, u64> = BTreeMap::new();
+    for (price, units) in devices {
+        let sum = prices.entry(price).or_insert(0);
+        *sum = sum.saturating_add(units);
+    }
+    prices.retain(|_, units| *units > 0);
+    let total: u128 = prices.values().map(|units| u128::from(*units)).sum();
+    let few = prices.len() <= most;
+    let mut steps: Vec<(u128, u128, u128)> = Vec::new();
+    let mut before = 0u128;
+    for (price, units) in prices {
+        let (price, units) = (u128::from(price), u128::from(units));
+        // Which share of all units lies before: equal shares make the steps.
+        let share = if few {
+            u128::MAX
+        } else {
+            before * most.max(1) as u128 / total.max(1)
+        };
+        before += units;
+        match steps.last_mut() {
+            Some((known, paid, sum)) if !few && *known == share => {
+                *paid += price * units;
+                *sum += units;
+            }
+            _ => steps.push((share, price * units, units)),
+        }
+    }
+    let narrow = |n: u128| u64::try_from(n).unwrap_or(u64::MAX);
+    steps
+        .into_iter()
+        .map(|(_, paid, units)| (narrow(paid / units), narrow(units)))
+        .collect()
+}
+
 /// Nodes of the tree: rows (the last is the slack that fills what nobody wants), columns (the last takes what goes
 /// nowhere), and the root.
 struct Tree {
     rows: usize,
     columns: usize,
-    /// `rows × columns`, forbidden arcs included.
-    cost: Vec<i64>,
+    /// `rows × stride`: integers, of which an `f64` holds these exactly and the compiler makes vectors. Infinite where an
+    /// arc is forbidden, and beyond the last column.
+    cost: Vec<f64>,
+    /// Columns, rounded up to whole vectors.
+    stride: usize,
+    /// Potentials of the columns once more, side by side with their costs.
+    level: Vec<f64>,
     parent: Vec<u32>,
     depth: Vec<u32>,
     /// The arc to the parent leads there; else it comes from there.
@@ -82,13 +136,16 @@ struct Tree {
 }
 
 const NONE: u32 = u32::MAX;
+/// Columns are looked at eight at a time.
+const LANES: usize = 8;
 
 impl Tree {
     fn new(problem: &Problem) -> Self {
         let (demands, supplies) = (problem.demand.len(), problem.supply.len());
         let (rows, columns) = (demands + 1, supplies + 1);
         let nodes = rows + columns + 1;
-        let mut cost = vec![FORBIDDEN; rows * columns];
+        let stride = columns.next_multiple_of(LANES);
+        let mut cost = vec![f64::INFINITY; rows * stride];
         for row in 0..demands {
             for column in 0..supplies {
                 let given = problem
@@ -97,17 +154,19 @@ impl Tree {
                     .copied()
                     .unwrap_or(FORBIDDEN);
                 if given != FORBIDDEN {
-                    cost[row * columns + column] = given.clamp(0, COST_MAX);
+                    cost[row * stride + column] = given.clamp(0, COST_MAX) as f64;
                 }
             }
             let unserved = problem.unserved.get(row).copied().unwrap_or(COST_MAX);
-            cost[row * columns + supplies] = unserved.clamp(0, COST_MAX);
+            cost[row * stride + supplies] = unserved.clamp(0, COST_MAX) as f64;
         }
-        cost[demands * columns..].fill(0);
+        cost[demands * stride..demands * stride + columns].fill(0.0);
         let mut tree = Self {
             rows,
             columns,
             cost,
+            stride,
+            level: vec![0.0; stride],
             parent: vec![NONE; nodes],
             depth: vec![0; nodes],
             up: vec![true; nodes],
@@ -135,9 +194,9 @@ impl Tree {
         for row in 0..rows {
             let mut wants = problem.demand.get(row).copied().unwrap_or(total_supply);
             while wants > 0 {
-                let costs = &self.cost[row * columns..(row + 1) * columns];
-                let open = (0..columns).filter(|c| left[*c] > 0 && costs[*c] != FORBIDDEN);
-                let Some(column) = open.min_by_key(|c| costs[*c]) else {
+                let costs = &self.cost[row * self.stride..(row + 1) * self.stride];
+                let open = (0..columns).filter(|c| left[*c] > 0 && costs[*c] < f64::INFINITY);
+                let Some(column) = open.min_by(|a, b| costs[*a].total_cmp(&costs[*b])) else {
                     break;
                 };
                 let units = wants.min(left[column]);
@@ -184,7 +243,15 @@ impl Tree {
         } else {
             (parent, node)
         };
-        self.cost[row as usize * self.columns + (column as usize - self.rows)]
+        self.cost[row as usize * self.stride + (column as usize - self.rows)] as i64
+    }
+
+    /// Sets a potential, for a column in both places.
+    fn lift(&mut self, node: usize, potential: i64) {
+        self.potential[node] = potential;
+        if node >= self.rows {
+            self.level[node - self.rows] = potential as f64;
+        }
     }
 
     fn attach(&mut self, node: u32, parent: u32, up: bool, flow: u64) {
@@ -194,11 +261,8 @@ impl Tree {
         self.flow[n] = flow;
         self.depth[n] = self.depth[p] + 1;
         let cost = self.arc_cost(node, parent);
-        self.potential[n] = if up {
-            self.potential[p] - cost
-        } else {
-            self.potential[p] + cost
-        };
+        let above = self.potential[p];
+        self.lift(n, if up { above - cost } else { above + cost });
         let first = self.first_child[p];
         self.next[n] = first;
         self.previous[n] = NONE;
@@ -224,20 +288,11 @@ impl Tree {
     fn entering(&mut self) -> Option<(u32, u32)> {
         for _ in 0..self.rows {
             let row = self.at;
-            let costs = &self.cost[row * self.columns..(row + 1) * self.columns];
-            let potentials = &self.potential[self.rows..self.rows + self.columns];
-            let mut least = i64::MAX;
-            for (cost, potential) in costs.iter().zip(potentials) {
-                // A forbidden arc stays out of reach whatever the potential, without a branch.
-                let reduced = cost.saturating_sub((*potential).max(-(1 << 60)));
-                least = least.min(reduced);
-            }
-            if least < FORBIDDEN / 2 && least + self.potential[row] < 0 {
-                let found = costs
-                    .iter()
-                    .zip(potentials)
-                    .position(|(cost, potential)| cost.saturating_sub((*potential).max(-(1 << 60))) == least);
-                if let Some(column) = found {
+            let costs = &self.cost[row * self.stride..(row + 1) * self.stride];
+            let least = least_difference(costs, &self.level);
+            if least + (self.potential[row] as f64) < 0.0 {
+                let mut arcs = costs.iter().zip(&self.level);
+                if let Some(column) = arcs.position(|(cost, level)| cost - level == least) {
                     // The next search goes on with another row: one row's arcs tend to undo each other.
                     self.at = (row + 1) % self.rows;
                     return Some((row as u32, (self.rows + column) as u32));
@@ -322,7 +377,7 @@ impl Tree {
                 self.depth[c] = self.depth[node as usize] + 1;
                 let cost = self.arc_cost(child, node);
                 let above = self.potential[node as usize];
-                self.potential[c] = if self.up[c] { above - cost } else { above + cost };
+                self.lift(c, if self.up[c] { above - cost } else { above + cost });
                 self.stack.push(child);
                 child = self.next[c];
             }
@@ -351,7 +406,8 @@ impl Tree {
             if row as usize == problem.demand.len() {
                 continue;
             }
-            out.cost += i128::from(self.cost[row as usize * self.columns + column]) * i128::from(units);
+            let cost = self.cost[row as usize * self.stride + column] as i64;
+            out.cost += i128::from(cost) * i128::from(units);
             if column == supplies {
                 out.unserved[row as usize] += units;
             } else {
@@ -365,6 +421,22 @@ impl Tree {
         out.prices = prices.iter().map(|p| (slack - *p).clamp(0, COST_MAX)).collect();
         out
     }
+}
+
+/// The least `cost - level`. Written so that the compiler makes vectors of it: no branch.
+fn least_difference(costs: &[f64], levels: &[f64]) -> f64 {
+    let mut least = [f64::INFINITY; LANES];
+    for (c, l) in costs.chunks_exact(LANES).zip(levels.chunks_exact(LANES)) {
+        for i in 0..LANES {
+            let difference = c[i] - l[i];
+            least[i] = if difference < least[i] {
+                difference
+            } else {
+                least[i]
+            };
+        }
+    }
+    least.iter().copied().fold(f64::INFINITY, f64::min)
 }
 
 #[cfg(test)]
@@ -438,6 +510,21 @@ mod tests {
             let solution = solve(&problem, 100_000).unwrap();
             check(&problem, &solution);
         }
+    }
+
+    #[test]
+    fn capacity_is_told_apart_by_price() {
+        let all = [(30, 1), (10, 2), (20, 0), (10, 3), (40, 4)];
+        assert_eq!(by_price(all, 3), [(10, 5), (30, 1), (40, 4)]);
+        assert_eq!(
+            by_price(all, 2),
+            [(10, 5), (38, 5)],
+            "mean of 30 and four times 40"
+        );
+        assert_eq!(by_price(all, 1), [(24, 10)]);
+        assert_eq!(by_price([], 4), []);
+        assert!(by_price((0..1_000).map(|i| (i * 7 % 501, i % 5)), 16).len() <= 16);
+        assert_eq!((tiers(10), tiers(700), tiers(0), tiers(5_000)), (16, 4, 16, 1));
     }
 
     #[test]

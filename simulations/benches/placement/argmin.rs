@@ -10,77 +10,99 @@ use crate::{
 use karez_core::placement::index::{ClassId, Costs, Found, Index, Level, SlotId, Steps};
 use karez_simulations::rng::Rng;
 use serde_json::{Value, json};
-use std::{collections::HashMap, time::Instant};
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    time::Instant,
+};
 
 const COUNTRIES: u64 = 100;
 const LOAD_PERCENT: u64 = 80;
+/// Jobs that end together.
+const GONE: usize = 8;
 
-/// One machine. Its place in the index is its number.
-#[derive(Clone)]
+/// Hundredths of a device: the whole of one.
+const WHOLE: u8 = 100;
+
+/// One machine. Its place in the index is its number. Four of them lie in one cache line.
+#[derive(Clone, Copy)]
+#[repr(align(16))]
 struct Node {
-    free: [u16; 8],
-    price: u32,
+    /// Of each device, in hundredths.
+    free: [u8; 8],
+    price: u16,
     model: u8,
     country: u8,
 }
 
 impl Node {
-    /// Whole devices, or the largest free share of one.
-    fn level(&self, steps: &Steps) -> Level {
-        let whole = self.free.iter().filter(|f| **f == 1_000).count() as u32;
-        match whole {
-            0 => steps.level(u32::from(self.free.iter().copied().max().unwrap_or(0))),
-            n => steps.level(n * 1_000),
+    fn whole(&self) -> u32 {
+        let mut whole = 0u64;
+        for (i, free) in self.free.iter().enumerate() {
+            whole |= u64::from(*free == WHOLE) << (i * 8);
+        }
+        whole.count_ones()
+    }
+    /// Whole devices, or the largest free share of one; in hundredths.
+    fn holding(&self) -> usize {
+        match self.whole() as usize {
+            0 => usize::from(self.free.iter().fold(0, |most, f| most.max(*f))),
+            n => n * usize::from(WHOLE),
         }
     }
     fn holds(&self, need: &Need) -> bool {
-        let whole = |n: u8| self.free.iter().filter(|f| **f == 1_000).count() >= usize::from(n);
-        if need.share < 1_000 {
-            self.free.iter().any(|f| *f >= need.share)
+        if need.share < WHOLE {
+            self.free.iter().fold(0, |most, f| most.max(*f)) >= need.share
         } else {
-            whole(need.gpus)
+            self.whole() >= u32::from(need.gpus)
         }
     }
     /// Takes the devices: a share from the fullest one that still has it, whole ones from the first.
     fn take(&mut self, need: &Need) -> u8 {
         let mut taken = 0u8;
-        if need.share < 1_000 {
-            let fits = (0..8).filter(|i| self.free[*i] >= need.share);
-            let best = fits.min_by_key(|i| self.free[*i]).unwrap_or(0);
-            self.free[best] -= need.share;
-            return 1 << best;
+        if need.share < WHOLE {
+            let mut best = (u8::MAX, 0);
+            for (i, free) in self.free.iter().enumerate() {
+                let fits = if *free >= need.share { *free } else { u8::MAX };
+                best = if fits < best.0 { (fits, i) } else { best };
+            }
+            self.free[best.1] -= need.share;
+            return 1 << best.1;
         }
         for i in 0..8 {
-            if self.free[i] == 1_000 && taken.count_ones() < u32::from(need.gpus) {
+            if self.free[i] == WHOLE && taken.count_ones() < u32::from(need.gpus) {
                 self.free[i] = 0;
                 taken |= 1 << i;
             }
         }
         taken
     }
-    fn give_back(&mut self, need: &Need, taken: u8) {
-        for i in 0..8 {
-            if taken >> i & 1 == 1 {
-                self.free[i] += need.share.min(1_000);
-            }
+    fn give_back(&mut self, gone: &Running) {
+        let mut more = [0; 8];
+        for (i, more) in more.iter_mut().enumerate() {
+            *more = if gone.taken >> i & 1 == 1 { gone.share } else { 0 };
         }
+        // No byte carries into the next: a device never has more than all of itself.
+        let sum = u64::from_le_bytes(self.free).wrapping_add(u64::from_le_bytes(more));
+        self.free = sum.to_le_bytes();
     }
 }
 
 #[derive(Clone, Copy)]
 struct Need {
-    share: u16,
+    /// Hundredths of each device.
+    share: u8,
     gpus: u8,
     models: u8,
     country: u8,
     /// Which cost vector.
-    costs: u32,
+    costs: u16,
     level: Level,
 }
 
 struct World {
     nodes: Vec<Node>,
-    steps: Steps,
+    /// By hundredths of a device.
+    levels: Vec<Level>,
     index: Index,
     classes: Vec<(u8, u8)>,
     costs: Vec<Costs>,
@@ -111,17 +133,11 @@ impl World {
             1 => p.gpu_milli.clamp(1, 1_000),
             n => n * 1_000,
         }));
-        let mut index = Index::default();
-        let mut classes = Vec::new();
-        let mut known: HashMap<(u8, u8), ClassId> = HashMap::new();
+        let levels: Vec<Level> = (0..=800).map(|n| steps.level(n * 10)).collect();
         let mut nodes = Vec::new();
         for _ in 0..scale {
             for (model, gpus) in &machines {
                 let country = rng.below(COUNTRIES) as u8;
-                let class = *known.entry((*model, country)).or_insert_with(|| {
-                    classes.push((*model, country));
-                    index.add_class()
-                });
                 let list = u64::from(MODELS[usize::from(*model)].1);
                 let price = if rng.chance(100) {
                     0
@@ -130,15 +146,24 @@ impl World {
                 };
                 let mut node = Node {
                     free: [0; 8],
-                    price: price as u32,
+                    price: price as u16,
                     model: *model,
                     country,
                 };
-                node.free[..usize::from(*gpus)].fill(1_000);
-                let slot = index.insert(class, price as f32, node.level(&steps));
-                assert_eq!(slot.0 as usize, nodes.len(), "slots are numbered as they come");
+                node.free[..usize::from(*gpus)].fill(WHOLE);
                 nodes.push(node);
             }
+        }
+        // Classes of one model side by side: who needs that model looks at no others.
+        let mut index = Index::default();
+        let known: BTreeSet<(u8, u8)> = nodes.iter().map(|n| (n.model, n.country)).collect();
+        let known: BTreeMap<(u8, u8), ClassId> =
+            known.into_iter().map(|pair| (pair, index.add_class())).collect();
+        let classes: Vec<(u8, u8)> = known.keys().copied().collect();
+        for (i, node) in nodes.iter().enumerate() {
+            let class = known[&(node.model, node.country)];
+            let slot = index.insert(class, f32::from(node.price), levels[node.holding()]);
+            assert_eq!(slot.0 as usize, i, "slots are numbered as they come");
         }
         // Far countries cost more to move data to; thousandths of a dollar, from none to about a third of one.
         let transfer: Vec<u32> = (0..COUNTRIES * COUNTRIES)
@@ -174,21 +199,18 @@ impl World {
                 costs.push(Costs::exact(base.collect()));
                 costs.len() - 1
             });
-            let share = if pod.gpus == 1 {
-                pod.gpu_milli.min(1_000) as u16
-            } else {
-                1_000
+            // All shares of the trace are hundredths.
+            let share = match pod.gpus {
+                1 => pod.gpu_milli.div_ceil(10).clamp(1, WHOLE.into()),
+                _ => WHOLE.into(),
             };
-            let level = match share {
-                1_000 => steps.level(pod.gpus * 1_000),
-                share => steps.level(u32::from(share.max(1))),
-            };
+            let level = steps.level(share * 10 * pod.gpus);
             needs.push(Need {
-                share: share.max(1),
+                share: share as u8,
                 gpus: pod.gpus as u8,
                 models,
                 country,
-                costs: id as u32,
+                costs: id as u16,
                 level,
             });
         }
@@ -196,7 +218,7 @@ impl World {
         let gpus = nodes.iter().flat_map(|n| n.free).map(u64::from).sum::<u64>();
         Self {
             nodes,
-            steps,
+            levels,
             index,
             classes,
             costs,
@@ -209,7 +231,7 @@ impl World {
 
     fn score(&self, need: &Need, node: &Node) -> u64 {
         let way = usize::from(need.country) * COUNTRIES as usize + usize::from(node.country);
-        u64::from(node.price + self.transfer[way])
+        u64::from(u32::from(node.price) + self.transfer[way])
     }
 
     fn choose(&self, need: &Need, turn: u32, found: &mut Vec<Found>, judged: &mut u64) -> Option<Found> {
@@ -219,7 +241,7 @@ impl World {
             let node = &self.nodes[slot.0 as usize];
             node.holds(need).then(|| self.score(need, node))
         };
-        let costs = &self.costs[need.costs as usize];
+        let costs = &self.costs[usize::from(need.costs)];
         self.index.cheapest(costs, need.level, 1, turn, exact, found);
         found.first().copied()
     }
@@ -233,9 +255,10 @@ impl World {
     }
 }
 
+#[derive(Clone, Copy)]
 struct Running {
     node: u32,
-    need: u32,
+    share: u8,
     taken: u8,
 }
 
@@ -256,16 +279,19 @@ impl Bed {
         let at = (i % self.world.needs.len() as u64) as usize;
         let need = self.world.needs[at];
         let turn = (i as u32).wrapping_mul(0x9e37_79b9);
+        // The queue is known: what the request after next will need is fetched meanwhile.
+        let later = &self.world.needs[((i + 2) % self.world.needs.len() as u64) as usize];
+        self.world.costs[usize::from(later.costs)].touch();
         match self.world.choose(&need, turn, &mut self.found, &mut self.judged) {
             Some(found) => {
                 let node = &mut self.world.nodes[found.slot.0 as usize];
                 let taken = node.take(&need);
-                let level = node.level(&self.world.steps);
+                let level = self.world.levels[node.holding()];
                 self.world.index.set_level(found.slot, level);
                 self.used += u64::from(need.share) * u64::from(taken.count_ones());
                 self.running.push(Running {
                     node: found.slot.0,
-                    need: at as u32,
+                    share: need.share,
                     taken,
                 });
             }
@@ -273,17 +299,38 @@ impl Bed {
         }
     }
 
+    /// Jobs end in small groups, as a scheduler hears of them.
     fn depart(&mut self) {
-        while self.used * 100 > self.world.gpus * LOAD_PERCENT {
-            let at = self.rng.below(self.running.len() as u64) as usize;
-            let gone = self.running.swap_remove(at);
-            let need = self.world.needs[gone.need as usize];
-            let node = &mut self.world.nodes[gone.node as usize];
-            node.give_back(&need, gone.taken);
-            let level = node.level(&self.world.steps);
-            self.world.index.set_level(SlotId(gone.node), level);
-            self.used -= u64::from(need.share) * u64::from(gone.taken.count_ones());
+        let target = self.world.gpus * LOAD_PERCENT / 100;
+        let mean = self.used / self.running.len().max(1) as u64;
+        if self.used <= target + mean * GONE as u64 {
+            return;
         }
+        let mut gone = [Running {
+            node: 0,
+            share: 0,
+            taken: 0,
+        }; GONE];
+        let mut draw = [0; GONE];
+        for (i, at) in draw.iter_mut().enumerate() {
+            *at = self.rng.below((self.running.len() - i) as u64) as usize;
+        }
+        for (gone, at) in gone.iter_mut().zip(draw) {
+            *gone = self.running.swap_remove(at);
+        }
+        // Side by side, as the index does with what it needs of them.
+        let seen = gone
+            .iter()
+            .fold(0, |seen, gone| seen ^ self.world.nodes[gone.node as usize].price);
+        std::hint::black_box(seen);
+        let mut changes = [(SlotId(0), Level::NONE); GONE];
+        for (gone, change) in gone.iter().zip(&mut changes) {
+            let node = &mut self.world.nodes[gone.node as usize];
+            node.give_back(gone);
+            *change = (SlotId(gone.node), self.world.levels[node.holding()]);
+            self.used -= u64::from(gone.share) * u64::from(gone.taken.count_ones());
+        }
+        self.world.index.set_levels(&changes);
     }
 }
 

@@ -9,7 +9,7 @@ use crate::{
     median,
 };
 use karez_core::placement::{
-    flow::{FORBIDDEN, Problem, Solution, solve},
+    flow::{FORBIDDEN, Problem, Solution, by_price, solve, tiers},
     index::{ClassId, Costs, Found, Index, Level, SlotId},
 };
 use karez_simulations::rng::Rng;
@@ -151,7 +151,7 @@ impl World {
             .then(|| self.transfer[shape.country * COUNTRIES + class.country])
     }
 
-    /// What the slow path sees: demand by shape, capacity by class in two steps of price each.
+    /// What the slow path sees: demand by shape, capacity by class in steps of price, as the controller's slow path does.
     fn problem(&self, demand: Vec<u64>, left: impl Fn(usize, usize) -> u64) -> (Problem, Vec<usize>) {
         let mut problem = Problem {
             unserved: vec![1 << 20; demand.len()],
@@ -161,17 +161,12 @@ impl World {
         let mut columns = Vec::new();
         let mut prices = Vec::new();
         for (c, class) in self.capacity.iter().enumerate() {
-            for pair in (0..class.tiers.len()).collect::<Vec<_>>().chunks(2) {
-                let count: u64 = pair.iter().map(|t| left(c, *t)).sum();
-                if count > 0 {
-                    let paid: u64 = pair
-                        .iter()
-                        .map(|t| left(c, *t) * u64::from(class.tiers[*t].0))
-                        .sum();
-                    problem.supply.push(count);
-                    columns.push(c);
-                    prices.push((paid / count) as i64);
-                }
+            let there = class.tiers.iter().enumerate();
+            let there = there.map(|(t, (price, _))| (u64::from(*price), left(c, t)));
+            for (price, count) in by_price(there, tiers(self.capacity.len())) {
+                problem.supply.push(count);
+                columns.push(c);
+                prices.push(price as i64);
             }
         }
         for shape in &self.shapes {
