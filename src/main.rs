@@ -39,7 +39,6 @@ mod network;
 mod node;
 mod options;
 mod out;
-mod over;
 mod process;
 mod report;
 mod scheduler;

@@ -6,9 +6,11 @@
 //!
 //! Not here: hearing offers ([`crate::market`]), promising (the agent), paying (the ledger).
 //! Start at [`place`]: a [`Plan`] comes out, or a [`Refusal`] that says why.
+pub mod deadline;
 pub mod flow;
 pub mod index;
 mod matcher;
+pub mod pack;
 mod quote;
 mod stock;
 #[cfg(test)]

@@ -36,7 +36,6 @@ fn bench() -> Bench {
             warm,
             threads: 2,
             sequences: 4,
-            trainer: None,
         },
     }
 }

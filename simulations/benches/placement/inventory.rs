@@ -21,6 +21,8 @@ pub(crate) const MODELS: [(&str, u32); 7] = [
 /// What the worlds are made of.
 pub(crate) struct Inventory {
     pub(crate) source: String,
+    /// Where other traces are, if anywhere.
+    pub(crate) folder: Option<Folder>,
     pub(crate) machines: Vec<Machine>,
     /// A third of them name the models they accept.
     pub(crate) pods: Vec<Pod>,
@@ -30,6 +32,7 @@ impl Inventory {
     pub(crate) fn load(folder: Option<&Folder>) -> Result<Self, TraceError> {
         match folder {
             Some(folder) => Ok(Self {
+                folder: Some(folder.clone()),
                 source: format!("openb traces in {}", folder.path().display()),
                 machines: openb::nodes(&folder.openb_nodes())?,
                 pods: openb::pods(&folder.openb_pods_gpuspec33())?,
@@ -94,6 +97,7 @@ impl Inventory {
             })
             .collect();
         Self {
+            folder: None,
             source: "a generator after the published statistics of the openb cluster (no data folder given)"
                 .into(),
             machines,

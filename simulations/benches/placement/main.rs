@@ -6,7 +6,9 @@
 mod argmin;
 mod fair;
 mod flows;
+mod frag;
 mod inventory;
+mod spot;
 
 use inventory::Inventory;
 use karez_simulations::traces::Folder;
@@ -23,6 +25,8 @@ const BENCHES: &[(&str, Bench)] = &[
     ("gap_online", flows::gap_online),
     ("solve_tick", flows::solve_tick),
     ("fair", fair::fair),
+    ("frag", frag::frag),
+    ("spot_deadline", spot::spot_deadline),
 ];
 
 fn main() {
