@@ -433,6 +433,8 @@ async fn collect(
     }
     out.line("");
     out.line(format!("the adapter is in {}", output.display()));
+    let (base, adapter) = (base.display(), output.display());
+    out.note(format!("next: `karez generate \"...\" --model {base}+{adapter}`"));
     Ok(())
 }
 
@@ -484,6 +486,7 @@ fn write_manifest(
         "settings": finished.settings,
         "steps": state.step,
         "tokens": state.tokens,
+        "trainers": state.learners,
         "losses": {"first": finished.checkpoint.losses.first(), "last": finished.checkpoint.losses.last(), "looks": state.looks},
         "checkpoint": checkpoint.to_string(),
         "job": view::hex(&view.job),

@@ -24,7 +24,8 @@ use std::path::PathBuf;
 Examples:
   karez generate \"Why should I rotate my crops?\"
   karez generate --stream \"Why should I rotate my crops?\"
-  karez generate --file prompts.jsonl -o answers.jsonl --country KE,BR")]
+  karez generate --file prompts.jsonl -o answers.jsonl --country KE,BR
+  karez generate \"Je, mvua inanyesha lini?\" --model ./qwen3-0.6b+./adapter")]
 pub(crate) struct GenerateArgs {
     /// Each argument is one prompt
     #[arg(required_unless_present = "file", conflicts_with = "file")]
@@ -32,7 +33,7 @@ pub(crate) struct GenerateArgs {
     /// Prompts: plain lines, or JSON lines with a "prompt" field; - for standard input
     #[arg(short, long, value_name = "FILE")]
     file: Option<PathBuf>,
-    /// The model, by its name in `karez models`
+    /// The model, by its name in `karez models`; or BASE+ADAPTER, names or paths
     #[arg(short, long, value_name = "NAME", default_value = "karez-tiny")]
     model: String,
     /// Write each answer as it comes, one prompt after the other

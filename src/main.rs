@@ -39,6 +39,7 @@ mod network;
 mod node;
 mod options;
 mod out;
+mod over;
 mod process;
 mod report;
 mod scheduler;

@@ -7,7 +7,7 @@ use crate::{
     link::{Artifacts, Link, call},
     options::JobOptions,
     out::{Out, plural},
-    view,
+    over, view,
 };
 use anyhow::{Context as _, Result};
 use karez_core::{
@@ -131,8 +131,8 @@ fn is_near(wanted: &str, known: &str) -> bool {
 
 /// What the scheduler would do with such an order now. Signed as for submitting, but nothing is sent, set aside or run.
 pub(crate) async fn explain(home: &Home, link: &Link, task: &Task) -> Result<wire::ExplainReply> {
-    let work = work(link, &task.what).await?;
     let artifacts = link.artifacts(home).await?;
+    let work = work(None, link, &artifacts, &task.what).await?;
     let (store, content) = (artifacts.store.clone(), task.items.content());
     let input = tokio::task::spawn_blocking(move || content.store(&store)).await??;
     let order = order(link, work, input, task)?;
@@ -145,8 +145,8 @@ pub(crate) async fn explain(home: &Home, link: &Link, task: &Task) -> Result<wir
 
 /// Sends the input, signs the order and submits it.
 pub(crate) async fn submit(out: &Out, home: &Home, link: Link, task: &Task) -> Result<Running> {
-    let work = work(&link, &task.what).await?;
     let artifacts = link.artifacts(home).await?;
+    let work = work(Some(out), &link, &artifacts, &task.what).await?;
     let (store, content) = (artifacts.store.clone(), task.items.content());
     let input = tokio::task::spawn_blocking(move || content.store(&store)).await??;
     artifacts.push(out, "the input", input).await?;
@@ -181,7 +181,8 @@ pub(crate) async fn submit(out: &Out, home: &Home, link: Link, task: &Task) -> R
     })
 }
 
-async fn work(link: &Link, what: &What) -> Result<Work> {
+/// With `out`, what lies on this machine is sent along.
+async fn work(out: Option<&Out>, link: &Link, artifacts: &Artifacts, what: &What) -> Result<Work> {
     Ok(match what {
         What::Noop { millis_per_item } => Work::Noop {
             millis_per_item: *millis_per_item,
@@ -198,9 +199,19 @@ async fn work(link: &Link, what: &What) -> Result<Work> {
             model: name,
             sampling: s,
         } => {
-            let (artifact, found) = model(link, name).await?;
-            expect_format(&found, "gguf", "generate")?;
+            let (artifact, adapter, name) = match model(link, name).await {
+                Ok((artifact, found)) => {
+                    expect_format(&found, "gguf", "generate")?;
+                    (artifact, None, name.clone())
+                }
+                Err(_) if over::halves(name).is_some() => {
+                    let chosen = over::choose(out, link, artifacts, name).await?;
+                    (chosen.model, Some(chosen.adapter), chosen.name)
+                }
+                Err(error) => return Err(error),
+            };
             Work::Generate(Generate {
+                adapter,
                 temperature_milli: s.temperature_milli,
                 top_k: s.top_k,
                 top_p_milli: s.top_p_milli,
@@ -209,13 +220,13 @@ async fn work(link: &Link, what: &What) -> Result<Work> {
                 system: s.system.clone(),
                 stream: s.stream,
                 keep_going: s.keep_going,
-                ..Generate::greedy(artifact, name.clone(), s.max_tokens)
+                ..Generate::greedy(artifact, name, s.max_tokens)
             })
         }
     })
 }
 
-fn expect_format(model: &wire::Model, wanted: &str, command: &str) -> Result<()> {
+pub(crate) fn expect_format(model: &wire::Model, wanted: &str, command: &str) -> Result<()> {
     if model.format.is_empty() || model.format == wanted {
         return Ok(());
     }

@@ -6,7 +6,7 @@
 //! - [`protocol`]: what a node and a worker say to each other; [`error`]: what can go wrong.
 //! - [`client`]: the node's end. Start at [`client::Worker`].
 //! - [`inspect`]: reading model headers without trusting them; [`json`]: JSON that keeps its order.
-//! - [`probe`]: what this machine has to offer.
+//! - [`probe`]: what this machine has to offer; [`provided`]: a provider's own trainer.
 //! - [`shipped`]: the small model that comes with Karez; [`reference`](mod@reference): random ones to measure with.
 //! - `worker` (with the feature of that name): the other end, the engines and the sandbox.
 //! - `train` (with the same feature): a small Llama that learns, and its files.
@@ -19,6 +19,7 @@ pub mod inspect;
 pub mod json;
 pub mod probe;
 pub mod protocol;
+pub mod provided;
 pub mod reference;
 pub mod shipped;
 pub mod text;

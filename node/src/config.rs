@@ -71,6 +71,8 @@ pub struct NodeConfig {
     pub limits: Limits,
     /// How models are run and kept.
     pub models: Models,
+    /// The owner's own trainer; ours serves where there is none.
+    pub trainer: Option<TrainerConfig>,
     /// Whom and what the owner serves.
     pub policy: Policy,
     /// Where the node listens.
@@ -105,6 +107,15 @@ pub struct Models {
     pub sequences: u16,
     /// Models that stay once they are loaded, by the beginning of their digest.
     pub pinned: Vec<String>,
+}
+
+/// The owner's own trainer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TrainerConfig {
+    /// A Python that can import torch, transformers and peft.
+    pub python: PathBuf,
+    /// Whether it serves leases on the CPU too, where our own is mostly faster.
+    pub cpu: bool,
 }
 
 /// Whom and what the owner serves.
@@ -268,6 +279,7 @@ struct RawConfig {
     limits: RawLimits,
     #[serde(default)]
     models: RawModels,
+    trainer: Option<RawTrainer>,
     #[serde(default)]
     policy: RawPolicy,
     #[serde(default)]
@@ -294,6 +306,14 @@ struct RawLimits {
 struct RawModels {
     sequences: Option<u16>,
     pinned: Vec<String>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawTrainer {
+    python: PathBuf,
+    #[serde(default)]
+    cpu: bool,
 }
 
 #[derive(Deserialize, Default)]
@@ -380,6 +400,15 @@ impl RawConfig {
                 format!(
                     "{bad:?} is not the beginning of a digest: give at least 8 of its hex digits, in small letters"
                 ),
+            ));
+        }
+        if let Some(trainer) = &self.trainer
+            && !trainer.python.is_absolute()
+        {
+            let given = trainer.python.display();
+            return Err((
+                "trainer.python",
+                format!("{given} is not a path from the root, like /opt/torch/bin/python"),
             ));
         }
         let t = &self.timing;
@@ -473,6 +502,10 @@ impl RawConfig {
                 .collect(),
             models,
             limits,
+            trainer: self.trainer.map(|trainer| TrainerConfig {
+                python: trainer.python,
+                cpu: trainer.cpu,
+            }),
             policy: Policy {
                 institutions: self.policy.institutions,
                 institutions_excluded: self.policy.institutions_excluded,
@@ -604,6 +637,12 @@ store = "20 GiB"
 # Models that stay once they are loaded, by the beginning of their digest.
 # pinned = ["53aa51172d14"]
 
+# Fine-tuning on your own PyTorch, above all on GPUs: a Python that can import torch, transformers and peft.
+# [trainer]
+# python = "/opt/torch/bin/python"
+# Use it on CPUs too; Karez's own trainer is mostly faster there.
+# cpu = true
+
 # Whom and what you serve; empty lists mean everybody and everything.
 [policy]
 # institutions = ["uni-nairobi"]
@@ -714,6 +753,8 @@ mod tests {
             ("[rates]\ncpu = -1\n", 5, "cpu"),
             ("[timing]\nheartbeat = '1 ms'\n", 5, "timing.heartbeat"),
             ("[policy]\nwork = ['mining']\n", 5, "work"),
+            ("[trainer]\npython = 'python3'\n", 5, "trainer.python"),
+            ("[trainer]\ncpu = true\n", 4, "python"),
             ("[policy]\ninstitutions = ['UPPER']\n", 5, "institutions"),
             ("[[scheduler]]\nkey = 'abc'\ncontrol_addr = 'x:1'\n", 5, "key"),
             ("[listen]\npeer = ['0.0.0.0:1']\n", 5, "multiaddress"),

@@ -10,6 +10,7 @@
 //! | [`mod@bench`] | what it does with models, measured at length |
 //! | [`daemon`] | the one loop that owns the agent; start at [`daemon::run`] |
 //! | [`runner`] | one lease: input lines in, result lines out |
+//! | `trainer` | the owner's own trainer, where there is one |
 //! | [`control`] | the owner's socket: status, open, pause, drain, reclaim |
 //!
 //! Not here: the engines and their sandbox (`karez-engine`), moving artifacts (`karez-net`), anything of a scheduler.
@@ -27,6 +28,7 @@ pub mod probe;
 pub mod runner;
 mod session;
 mod stop;
+mod trainer;
 mod wait;
 
 pub use config::{ConfigError, NodeConfig};

@@ -129,8 +129,8 @@ impl Net {
         self.home.join("up").join(name)
     }
 
-    /// Starts a process of the network again after it was killed.
-    pub(crate) fn restart(&mut self, kind: &str, name: &str) {
+    /// Starts a process of the network again after it was killed, and gives its id.
+    pub(crate) fn restart(&mut self, kind: &str, name: &str) -> i32 {
         let dir = self.dir(name);
         let log = fs::OpenOptions::new()
             .append(true)
@@ -142,7 +142,9 @@ impl Net {
             .stderr(log)
             .spawn()
             .unwrap();
+        let pid = i32::try_from(child.id()).unwrap();
         self.own.push(child);
+        pid
     }
 
     /// Submits `items` no-ops of `millis` each in parts of `part_items` and gives the job's id.

@@ -77,6 +77,9 @@ pub struct Load {
     /// A directory that a training worker may read and write: data and checkpoints come and go there.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub scratch: Option<PathBuf>,
+    /// The trainer to train with, when it is not our own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub trainer: Option<crate::provided::Provided>,
     /// The model's BLAKE3 digest in hexadecimal. With it, adapters that name another base are refused.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub digest: Option<String>,
@@ -96,6 +99,7 @@ impl Load {
             cache_tokens: None,
             adapters: None,
             scratch: None,
+            trainer: None,
             digest: None,
         }
     }

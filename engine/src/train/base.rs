@@ -127,6 +127,48 @@ pub fn weight_files(folder: &Path) -> Result<Vec<PathBuf>, TrainError> {
     Ok(shards.into_iter().map(|name| folder.join(name)).collect())
 }
 
+/// Checks the headers of the weights: that every tensor is there, in a shape and type that can be read. What their numbers
+/// are is only seen by reading them.
+pub fn check_weights(folder: &Path) -> Result<(), TrainError> {
+    let mut missing = read_config(folder)?.shapes();
+    for path in weight_files(folder)? {
+        let wrong = |why: String| TrainError::File {
+            path: path.clone(),
+            why,
+        };
+        let file = File::open(&path).map_err(|error| wrong(format!("cannot be opened: {error}")))?;
+        let (_, header) = header(&mut BufReader::new(file)).map_err(wrong)?;
+        for (name, info) in header.tensors() {
+            let Some(shape) = missing.remove(&name) else {
+                continue;
+            };
+            if info.shape != shape {
+                return Err(wrong(format!(
+                    "tensor {name} has shape {:?}, config.json says {shape:?}",
+                    info.shape
+                )));
+            }
+            width(info.dtype).map_err(|why| wrong(format!("tensor {name}: {why}")))?;
+        }
+    }
+    match missing.into_keys().next() {
+        Some(name) => Err(TrainError::File {
+            path: folder.to_owned(),
+            why: format!("has no tensor {name}"),
+        }),
+        None => Ok(()),
+    }
+}
+
+/// Bytes of one number of a type that can be read.
+fn width(dtype: Dtype) -> Result<usize, String> {
+    match dtype {
+        Dtype::F32 => Ok(4),
+        Dtype::F16 | Dtype::BF16 => Ok(2),
+        other => Err(format!("has type {other:?}; F32, F16 and BF16 can be read")),
+    }
+}
+
 impl BaseModel {
     /// Reads a directory. Every tensor must be there in the shape that `config.json` says; others are passed over.
     pub fn read(folder: &Path, hold: Hold) -> Result<Self, TrainError> {
@@ -220,11 +262,7 @@ fn header(file: &mut BufReader<File>) -> Result<(u64, Metadata), String> {
 
 /// Reads numbers a piece at a time, so that no second copy of a large tensor is ever in memory.
 fn values(file: &mut impl Read, dtype: Dtype, bytes: usize, hold: Hold) -> Result<Values, String> {
-    let width = match dtype {
-        Dtype::F32 => 4,
-        Dtype::F16 | Dtype::BF16 => 2,
-        other => return Err(format!("has type {other:?}; F32, F16 and BF16 can be read")),
-    };
+    let width = width(dtype)?;
     let one = |bytes: &[u8]| match (dtype, bytes) {
         (Dtype::F32, [a, b, c, d]) => f32::from_le_bytes([*a, *b, *c, *d]),
         (Dtype::F16, [a, b]) => f16::from_le_bytes([*a, *b]).to_f32(),

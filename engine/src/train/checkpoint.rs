@@ -97,6 +97,9 @@ pub struct State {
     pub looks: Vec<Look>,
     /// Examples trained on, and held out.
     pub examples: (usize, usize),
+    /// What computed it, each as it took over.
+    #[serde(default)]
+    pub learners: Vec<String>,
 }
 
 /// A checkpoint in memory.

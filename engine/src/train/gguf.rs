@@ -42,6 +42,55 @@ pub fn export<W: Write + Seek>(
     export_weights(folder, &weights, name, precision, out)
 }
 
+/// What [`export_base`] calls every model: the name is part of the bytes.
+const BASE: &str = "base";
+
+/// Writes the model in `folder`, in one file or several shards, as 16-bit GGUF: the same bytes for the same folder, so that
+/// an adapter can name its base by their digest.
+pub fn export_base<W: Write + Seek>(folder: &Path, out: &mut W) -> Result<(), TrainError> {
+    let mut weights = Weights::new();
+    for path in super::base::weight_files(folder)? {
+        weights.extend(load(&path, &Device::Cpu)?);
+    }
+    export_weights(folder, &weights, BASE, Precision::F16, out)
+}
+
+/// The digest of what [`export_base`] writes, in hexadecimal.
+pub fn base_digest(folder: &Path) -> Result<String, TrainError> {
+    let mut out = Digester::default();
+    export_base(folder, &mut out)?;
+    Ok(out.hash.finalize().to_hex().to_string())
+}
+
+/// Takes bytes in order and keeps only their digest.
+#[derive(Default)]
+struct Digester {
+    hash: blake3::Hasher,
+    written: u64,
+}
+
+impl Write for Digester {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.hash.update(bytes);
+        self.written += bytes.len() as u64;
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Seek for Digester {
+    /// Says where it is; it cannot go elsewhere.
+    fn seek(&mut self, to: std::io::SeekFrom) -> std::io::Result<u64> {
+        match to {
+            std::io::SeekFrom::Current(0) => Ok(self.written),
+            _ => Err(std::io::ErrorKind::Unsupported.into()),
+        }
+    }
+}
+
 /// The same with other weights than the folder's.
 pub fn export_weights<W: Write + Seek>(
     folder: &Path,

@@ -5,10 +5,12 @@
 //! This is the reference that the faster [`super::fused`] model is held to, and what trains on a GPU.
 
 use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::{D, DType, Device, Tensor};
 use serde::{Deserialize, Serialize};
 
+use super::fused::Dropout;
 use super::{Batch, TrainError, Weights};
 
 /// A `config.json` of the Llama, Qwen2 or Qwen3 family. Fields that do not change the arithmetic are ignored.
@@ -253,6 +255,32 @@ pub struct LowRank {
     pub b: Tensor,
     /// `alpha / rank`.
     pub scale: f64,
+    /// What is left out of `x` on its way to A.
+    pub thin: Option<Thin>,
+}
+
+/// Numbers left out before an adapter, pass by pass.
+#[derive(Debug, Clone)]
+pub struct Thin {
+    /// Which adapter: each leaves out others.
+    pub place: usize,
+    /// What this pass leaves out.
+    pub dropout: Arc<Mutex<Option<Dropout>>>,
+}
+
+impl Thin {
+    fn apply(&self, x: &Tensor) -> Result<Tensor, TrainError> {
+        let dropout = *self.dropout.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(dropout) = dropout else {
+            return Ok(x.clone());
+        };
+        let (rows, width) = x.dims2()?;
+        let mut mask = vec![0.0; rows * width];
+        dropout
+            .at(self.place)
+            .thin(&mut mask, &vec![1.0; rows * width], width);
+        Ok((x * Tensor::from_vec(mask, (rows, width), x.device())?)?)
+    }
 }
 
 struct Linear {
@@ -271,7 +299,12 @@ impl Linear {
         };
         Ok(match &self.adapter {
             None => y,
-            Some(LowRank { a, b, scale }) => (y + (x.matmul(&a.t()?)?.matmul(&b.t()?)? * *scale)?)?,
+            Some(LowRank { a, b, scale, thin }) => {
+                let seen = thin
+                    .as_ref()
+                    .map_or_else(|| Ok(x.clone()), |thin| thin.apply(x))?;
+                (y + (seen.matmul(&a.t()?)?.matmul(&b.t()?)? * *scale)?)?
+            }
         })
     }
 }

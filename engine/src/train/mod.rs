@@ -1,8 +1,9 @@
 //! Training: low-rank adapters for models of the Llama, Qwen2 and Qwen3 families, and whole small models.
 //!
 //! A fine-tuning run is a [`Trainer`]: [`Settings`] and [`Data`] go in, steps are taken, [`Checkpoint`]s come out, and
-//! any of them goes on elsewhere as if nothing had happened. It computes with [`fused::Fused`], whose gradients are
-//! worked out by hand, over a frozen [`BaseModel`] and an [`Adapter`].
+//! any of them goes on elsewhere as if nothing had happened. It computes with a [`learner::Learner`]: our own, on
+//! [`fused::Fused`], whose gradients are worked out by hand over a frozen [`BaseModel`] and an [`Adapter`]; or
+//! [`torch`], a provider's PyTorch.
 //!
 //! Beside it stands the same model on candle ([`Llama`], [`LowRank`], [`AdamW`]), which trains whole models, makes the
 //! shipped one, and is what the fused model's gradients are compared with. [`gguf`] writes files for llama.cpp.
@@ -13,22 +14,27 @@
 
 pub mod adapter;
 pub mod base;
+pub mod candle;
 mod chat;
 pub mod checkpoint;
 pub mod data;
 pub mod fused;
 pub mod gguf;
+pub mod learner;
 mod llama;
 mod optim;
 pub mod results;
 mod rng;
 pub mod schedule;
 pub mod settings;
+pub mod torch;
 pub mod trainer;
 mod weights;
 
 #[cfg(test)]
 mod data_tests;
+#[cfg(test)]
+mod learner_tests;
 #[cfg(test)]
 mod run_tests;
 #[cfg(test)]
@@ -112,6 +118,12 @@ pub enum TrainError {
         /// How it showed.
         what: String,
     },
+    /// A provider's trainer went wrong; the same run may do well there next time, or elsewhere.
+    #[error("the provider's trainer {0}")]
+    Trainer(String),
+    /// A provider's trainer cannot do this run.
+    #[error("the provider's trainer cannot do this: {0}")]
+    Incapable(String),
     /// A weight that should train got no gradient: some operation on its way cut it off.
     #[error("trainable weight {0} received no gradient")]
     NoGradient(String),

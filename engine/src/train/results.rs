@@ -75,7 +75,7 @@ impl Finished {
             "base_model_name_or_path": base,
             "r": rank,
             "lora_alpha": adapter.alpha(),
-            "lora_dropout": 0.0,
+            "lora_dropout": self.settings.lora_dropout,
             "target_modules": self.settings.modules(),
             "bias": "none",
             "fan_in_fan_out": false,
@@ -89,18 +89,25 @@ impl Finished {
         Ok(std::fs::write(folder.join("adapter_config.json"), text)?)
     }
 
-    /// Writes the adapter alone as GGUF, for llama.cpp's `--lora`.
-    pub fn write_gguf_adapter<W: Write + Seek>(&self, name: &str, out: &mut W) -> Result<(), TrainError> {
+    /// Writes the adapter alone as GGUF, for llama.cpp's `--lora`. `base` is the digest of the GGUF file that it goes
+    /// over: others are refused then.
+    pub fn write_gguf_adapter<W: Write + Seek>(
+        &self,
+        name: &str,
+        base: Option<&str>,
+        out: &mut W,
+    ) -> Result<(), TrainError> {
         let (adapter, rank) = (&self.adapter, self.adapter.rank());
         let architecture = &self.config.model_type;
         let text = |value: &str| Gguf::String(value.to_owned());
-        let metadata = [
+        let mut metadata = vec![
             ("general.architecture", text(architecture)),
             ("general.type", text("adapter")),
             ("general.name", text(name)),
             ("adapter.type", text("lora")),
             ("adapter.lora.alpha", Gguf::F32(adapter.alpha() as f32)),
         ];
+        metadata.extend(base.map(|base| (crate::inspect::BASE_KEY, text(base))));
         let mut tensors = Vec::new();
         for slot in adapter.slots() {
             let a = Tensor::from_slice(adapter.a(slot), (rank, slot.columns), &Device::Cpu)?;
@@ -167,6 +174,7 @@ impl Finished {
             "steps": state.step,
             "steps_planned": state.total,
             "tokens": state.tokens,
+            "trainers": state.learners,
             "examples": state.examples.0,
             "examples_held_out": state.examples.1,
             "loss": self.checkpoint.losses,
@@ -230,7 +238,7 @@ impl Finished {
              {} steps ({} tokens), {} examples held out.\n\n## Held-out losses\n\nCross-entropy of the answers in nats per \
              token, and in bits per byte of their text. Lower is better.\n\n{}\n![Losses](losses.svg)\n\n\
              ## Settings\n\n```json\n{}\n```\n\n## Origin\n\n`manifest.json` names base, data, settings and the machines \
-             that took part by their digests and keys; `manifest.sig` signs it.\n\n| | BLAKE3 |\n|---|---|\n| base model \
+             that took part by their digests and keys; `manifest.sig` signs it. Computed by {}.\n\n| | BLAKE3 |\n|---|---|\n| base model \
              | `{}` |\n| data | `{}` |\n",
             s.lora_r,
             s.lora_alpha,
@@ -241,6 +249,7 @@ impl Finished {
             state.examples.1,
             self.table(),
             serde_json::to_string_pretty(s).unwrap_or_default(),
+            state.learners.join(", then "),
             state.base,
             state.data,
         )
@@ -256,8 +265,14 @@ impl Finished {
     ) -> Result<Vec<String>, TrainError> {
         let mut remarks = Vec::new();
         self.write_peft(folder, base_name)?;
+        let over = match gguf::base_digest(base) {
+            Ok(digest) => Some(digest),
+            // Said below, where a whole model would be made.
+            Err(TrainError::Unsupported(_)) => None,
+            Err(error) => return Err(error),
+        };
         let mut out = BufWriter::new(File::create(folder.join("adapter.gguf"))?);
-        self.write_gguf_adapter(name, &mut out)?;
+        self.write_gguf_adapter(name, over.as_deref(), &mut out)?;
         out.flush()?;
         let merged = folder.join("model.gguf");
         let mut out = BufWriter::new(File::create(&merged)?);

@@ -113,6 +113,7 @@ fn by_candle(small: &Small, adapter: &Adapter, examples: &[data::Example]) -> (f
             a: a.as_tensor().clone(),
             b: b.as_tensor().clone(),
             scale: adapter.scale().into(),
+            thin: None,
         };
         model.adapt(&slot.path(), low).unwrap();
         vars.push((*slot, a, b));
@@ -252,7 +253,7 @@ pub(super) fn write_data(folder: &Path, lines: &[Value]) -> PathBuf {
     path
 }
 
-fn lessons() -> Vec<Value> {
+pub(super) fn lessons() -> Vec<Value> {
     let plants = [
         "mahindi", "maharage", "mtama", "muhogo", "ndizi", "viazi", "mpunga", "karanga", "kahawa", "chai",
     ];
@@ -268,7 +269,7 @@ fn lessons() -> Vec<Value> {
     plants.iter().map(pair).chain(plants.iter().map(other)).collect()
 }
 
-fn quick(more: Value) -> Settings {
+pub(super) fn quick(more: Value) -> Settings {
     let mut settings = json!({"learning_rate": 5e-3, "num_epochs": 4, "sequence_len": 96, "micro_batch_size": 1,
         "gradient_accumulation_steps": 2, "lora_r": 4, "warmup_steps": 2});
     for (name, value) in more.as_object().unwrap() {
@@ -277,7 +278,7 @@ fn quick(more: Value) -> Settings {
     Settings::from_json(settings).unwrap()
 }
 
-fn spec<'a>(base: &'a Path, data: &'a Path, settings: &'a Settings) -> Spec<'a> {
+pub(super) fn spec<'a>(base: &'a Path, data: &'a Path, settings: &'a Settings) -> Spec<'a> {
     Spec {
         base,
         base_digest: "b",
@@ -289,7 +290,7 @@ fn spec<'a>(base: &'a Path, data: &'a Path, settings: &'a Settings) -> Spec<'a> 
     }
 }
 
-fn step(trainer: &mut Trainer) -> Result<Step, TrainError> {
+pub(super) fn step(trainer: &mut Trainer) -> Result<Step, TrainError> {
     if trainer.look_is_due() {
         trainer.look(|_| Ok::<(), TrainError>(()))?;
     }
@@ -320,7 +321,7 @@ fn a_run_learns_and_says_so_for_every_language() {
         (18, 2, vec!["en".to_owned(), "sw".to_owned()])
     );
     let mut trainer = Trainer::new(&spec).unwrap();
-    assert_eq!(trainer.adapter().values.len(), parameters);
+    assert_eq!(trainer.layout().values.len(), parameters);
     while !trainer.state().finished {
         step(&mut trainer).unwrap();
     }
@@ -451,10 +452,14 @@ fn a_full_disk_leaves_the_checkpoint_before_whole() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("checkpoint");
     write_whole(&path, b"the first").unwrap();
-    // A directory in the way of the partial file stands for a disk that takes no more.
-    std::fs::create_dir(path.with_extension("partial")).unwrap();
-    write_whole(&path, b"the second").unwrap_err();
+    // The device of which every write says that the disk is full.
+    std::os::unix::fs::symlink("/dev/full", path.with_extension("partial")).unwrap();
+    let error = write_whole(&path, b"the second").unwrap_err();
+    assert_eq!(error.kind(), std::io::ErrorKind::StorageFull);
     assert_eq!(std::fs::read(&path).unwrap(), b"the first");
+    // What was in the way is gone, and the next one fits again.
+    write_whole(&path, b"the third").unwrap();
+    assert_eq!(std::fs::read(&path).unwrap(), b"the third");
 }
 
 #[test]
@@ -468,9 +473,9 @@ fn losses_that_explode_end_the_run_by_name() {
     step(&mut trainer).unwrap();
     let (good, _) = trainer.checkpoint().unwrap();
     // As after a step that was far too long.
-    let mut far = Checkpoint::decode(&good, trainer.adapter()).unwrap();
+    let mut far = Checkpoint::decode(&good, trainer.layout()).unwrap();
     far.values.iter_mut().for_each(|value| *value = 1e25);
-    trainer.restore(&far.encode(trainer.adapter()).unwrap()).unwrap();
+    trainer.restore(&far.encode(trainer.layout()).unwrap()).unwrap();
     let error = step(&mut trainer).unwrap_err();
     assert!(matches!(error, TrainError::Diverged { step: 2, .. }), "{error}");
     assert_eq!(
@@ -503,7 +508,21 @@ fn patience_ends_a_run_that_learns_nothing_more() {
 fn broken_model_directories_are_refused_by_file_and_field() {
     let small = small("llama", json!({}));
     let folder = small.folder.path();
-    let read = || BaseModel::read(folder, Hold::F32).unwrap_err().to_string();
+    let read = || {
+        let early = base::check_weights(folder).unwrap_err().to_string();
+        let late = BaseModel::read(folder, Hold::F32).unwrap_err().to_string();
+        // Found before anything is sent, and again by whoever reads it.
+        assert!(
+            early.contains(
+                late.rsplit(": ")
+                    .next()
+                    .unwrap()
+                    .trim_start_matches("the checkpoint ")
+            ),
+            "{early} and {late}"
+        );
+        late
+    };
     let whole = std::fs::read(folder.join("model.safetensors")).unwrap();
     std::fs::write(folder.join("model.safetensors"), &whole[..whole.len() - 40]).unwrap();
     assert!(

@@ -43,7 +43,7 @@ pub struct Settings {
     pub lora_r: usize,
     /// The adapter's result is multiplied by `lora_alpha / lora_r`.
     pub lora_alpha: f64,
-    /// Only 0.
+    /// Share of what enters an adapter that a training step leaves out.
     pub lora_dropout: f64,
     /// Adapt every matrix of every layer; the default when `lora_target_modules` is empty.
     pub lora_target_linear: bool,
@@ -233,6 +233,7 @@ impl Settings {
         }
         let real = [
             ("lora_alpha", self.lora_alpha, 1e-6, 1e6),
+            ("lora_dropout", self.lora_dropout, 0.0, 0.9),
             ("learning_rate", self.learning_rate, 1e-12, 10.0),
             ("warmup_ratio", self.warmup_ratio, 0.0, 1.0),
             ("cosine_min_lr_ratio", self.cosine_min_lr_ratio, 0.0, 1.0),
@@ -252,12 +253,6 @@ impl Settings {
             return no(
                 "adapter",
                 format!("is {:?}; only \"lora\" is possible", self.adapter),
-            );
-        }
-        if self.lora_dropout != 0.0 {
-            return no(
-                "lora_dropout",
-                format!("is {}; only 0 is possible", self.lora_dropout),
             );
         }
         if !["adamw_torch", "adamw_torch_fused", "adamw"].contains(&self.optimizer.as_str()) {
@@ -357,7 +352,7 @@ mod tests {
             (json!({"learning_rate": "fast"}), "learning_rate"),
             (json!({"lora_r": 0}), "lora_r is 0; 1 to 512"),
             (json!({"lora_r": -1}), "lora_r"),
-            (json!({"lora_dropout": 0.05}), "lora_dropout is 0.05; only 0"),
+            (json!({"lora_dropout": 1}), "lora_dropout is 1; 0 to 0.9"),
             (json!({"adapter": "qlora"}), "adapter is \"qlora\""),
             (json!({"optimizer": "lion"}), "optimizer"),
             (

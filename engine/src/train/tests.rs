@@ -174,7 +174,17 @@ fn a_low_rank_adapter_starts_silent_and_trains_alone() {
             tensors[&format!("{path}/a")].clone(),
             tensors[&format!("{path}/b")].clone(),
         );
-        model.adapt(path, LowRank { a, b, scale: 2.0 }).unwrap();
+        model
+            .adapt(
+                path,
+                LowRank {
+                    a,
+                    b,
+                    scale: 2.0,
+                    thin: None,
+                },
+            )
+            .unwrap();
     }
     assert_eq!(loss_of(&model), before, "zeros change nothing");
     let mut optimizer = AdamW::new(vars, AdamWSettings::default());

@@ -2,19 +2,20 @@
 
 use std::path::Path;
 
-use super::TrainError;
 use super::adapter::Adapter;
-use super::base::{BaseModel, Hold};
 use super::checkpoint::{self, Checkpoint, Held, Look, State};
 use super::data::{Data, Example, Packed, Reader};
-use super::fused::Fused;
+use super::learner::{Learner, Numbers, Own, Taken};
 use super::llama::Config;
-use super::optim::{AdamWSettings, Moments};
 use super::schedule::Schedule;
 use super::settings::Settings;
+use super::{Rng, TrainError};
 
 /// Tokens of one batch when looking at what was held out.
 const LOOK_TOKENS: usize = 2048;
+
+/// Learners that a checkpoint names at most: a run that goes back and forth more often keeps the first ones.
+const LEARNERS_MAX: usize = 64;
 
 /// What a run is made of. Digests name what they stand for in checkpoints and manifests.
 #[derive(Debug, Clone)]
@@ -69,9 +70,10 @@ pub struct Outline {
     pub notices: Vec<String>,
 }
 
-/// Checks base, data and settings as far as that goes without the weights, which are not read.
+/// Checks base, data and settings as far as that goes without the weights, of which only the headers are read.
 pub fn outline(spec: &Spec<'_>) -> Result<Outline, TrainError> {
     let (config, data, schedule) = prepare(spec)?;
+    super::base::check_weights(spec.base)?;
     let adapter = fresh(&config, spec.settings)?;
     Ok(Outline {
         steps: schedule.total(),
@@ -116,10 +118,9 @@ fn fresh(config: &Config, settings: &Settings) -> Result<Adapter, TrainError> {
 /// A run in progress.
 pub struct Trainer {
     settings: Settings,
-    model: Fused,
-    adapter: Adapter,
-    moments: Moments,
-    grads: Vec<f32>,
+    learner: Box<dyn Learner>,
+    /// How the numbers lie; what they are is the learner's to know.
+    layout: Adapter,
     data: Data,
     schedule: Schedule,
     losses: Vec<f32>,
@@ -129,24 +130,21 @@ pub struct Trainer {
 }
 
 impl Trainer {
-    /// Reads everything and stands before the first step. Say how the untrained model does with [`Trainer::look`].
+    /// Reads everything and stands before the first step, with our own learner. Say how the untrained model does with
+    /// [`Trainer::look`].
     pub fn new(spec: &Spec<'_>) -> Result<Self, TrainError> {
+        Self::with(spec, |spec, adapter| Ok(Box::new(Own::new(spec, adapter)?)))
+    }
+
+    /// The same with the learner that `make` gives, which begins with the numbers of the adapter it is shown.
+    pub fn with(
+        spec: &Spec<'_>,
+        make: impl FnOnce(&Spec<'_>, &Adapter) -> Result<Box<dyn Learner>, TrainError>,
+    ) -> Result<Self, TrainError> {
         let (config, data, schedule) = prepare(spec)?;
         let settings = spec.settings.clone();
-        let adapter = fresh(&config, &settings)?;
-        let hold = if settings.bf16 { Hold::Bf16 } else { Hold::F32 };
-        let base = BaseModel::read(spec.base, hold)?;
-        let model = Fused::new(base, &adapter, spec.threads, settings.gradient_checkpointing)?;
-        let moments = Moments::new(
-            adapter.values.len(),
-            AdamWSettings {
-                beta1: settings.adam_beta1,
-                beta2: settings.adam_beta2,
-                epsilon: settings.adam_epsilon,
-                weight_decay: settings.weight_decay,
-                clip: settings.max_grad_norm,
-            },
-        );
+        let layout = fresh(&config, &settings)?;
+        let learner = make(spec, &layout)?;
         let state = State {
             base: spec.base_digest.to_owned(),
             data: spec.data_digest.to_owned(),
@@ -154,15 +152,14 @@ impl Trainer {
             total: schedule.total(),
             rng: settings.seed,
             examples: (data.examples.len(), data.held_out.len()),
+            learners: vec![learner.name()],
             ..State::default()
         };
         Ok(Self {
-            grads: vec![0.0; adapter.values.len()],
             guess: (config.vocab_size as f64).ln(),
             settings,
-            model,
-            adapter,
-            moments,
+            learner,
+            layout,
             data,
             schedule,
             losses: Vec::new(),
@@ -179,7 +176,7 @@ impl Trainer {
 
     /// Takes up the state of a checkpoint of the same run; on an error nothing has changed.
     pub fn restore(&mut self, bytes: &[u8]) -> Result<(), TrainError> {
-        let found = Checkpoint::decode(bytes, &self.adapter)?;
+        let found = Checkpoint::decode(bytes, &self.layout)?;
         for (what, theirs, ours) in [
             ("base model", &found.state.base, &self.state.base),
             ("data", &found.state.data, &self.state.data),
@@ -197,28 +194,36 @@ impl Trainer {
                 found.state.step, found.state.total, self.state.total
             )));
         }
-        self.moments.restore(found.mean, found.square, found.state.step);
-        self.adapter.values = found.values;
+        let numbers = Numbers {
+            values: found.values,
+            mean: found.mean,
+            square: found.square,
+        };
+        self.learner.take_up(numbers, found.state.step)?;
         self.losses = found.losses;
         self.state = State {
             previous: Some(checkpoint::digest(bytes)),
             ..found.state
         };
+        let name = self.learner.name();
+        if self.state.learners.last() != Some(&name) && self.state.learners.len() < LEARNERS_MAX {
+            self.state.learners.push(name);
+        }
         Ok(())
     }
 
     /// The checkpoint of this moment, and its digest. The next one will name it.
     pub fn checkpoint(&mut self) -> Result<(Vec<u8>, String), TrainError> {
         self.state.cursor = self.schedule.cursor(self.state.step);
-        let (mean, square) = self.moments.parts();
+        let Numbers { values, mean, square } = self.learner.numbers()?;
         let bytes = Checkpoint {
             state: self.state.clone(),
-            values: self.adapter.values.clone(),
-            mean: mean.to_vec(),
-            square: square.to_vec(),
+            values,
+            mean,
+            square,
             losses: self.losses.clone(),
         }
-        .encode(&self.adapter)?;
+        .encode(&self.layout)?;
         let digest = checkpoint::digest(&bytes);
         self.state.previous = Some(digest.clone());
         Ok((bytes, digest))
@@ -229,9 +234,14 @@ impl Trainer {
         &self.state
     }
 
-    /// The numbers that train.
-    pub fn adapter(&self) -> &Adapter {
-        &self.adapter
+    /// How the numbers that train lie, with those that they began as.
+    pub fn layout(&self) -> &Adapter {
+        &self.layout
+    }
+
+    /// What the learner took beside this process.
+    pub fn taken(&self) -> Taken {
+        self.learner.taken()
     }
 
     /// Loss of every step so far.
@@ -260,12 +270,12 @@ impl Trainer {
         // Every target counts alike, in whichever batch of the step it is.
         let targets: usize = batches.iter().map(|batch| batch.targets.len()).sum();
         let scale = 1.0 / targets.max(1) as f32;
-        self.grads.fill(0.0);
+        self.learner.begin();
         let (mut nats, mut tokens) = (0.0, 0);
-        for batch in &batches {
-            nats += self
-                .model
-                .gradients(&self.adapter, batch, scale, &mut self.grads)?;
+        for (index, batch) in batches.iter().enumerate() {
+            // Nothing is drawn from what came before: a step can be done again.
+            let seed = Rng::new(self.settings.seed ^ ((number as u64) << 20) ^ index as u64).bits();
+            nats += self.learner.add(batch, scale, seed)?;
             tokens += batch.ids.len();
             alive(batch.ids.len())?;
         }
@@ -287,8 +297,8 @@ impl Trainer {
             .into());
         }
         let norm = self
-            .moments
-            .step(&mut self.adapter.values, &self.grads, rate)
+            .learner
+            .apply(rate)?
             .ok_or_else(|| diverged("the gradient is not finite".into()))?;
         self.losses.push(loss as f32);
         self.state.step += 1;
@@ -338,7 +348,7 @@ impl Trainer {
                 let (now, later) = rest.split_at(count);
                 rest = later;
                 let batch = Packed::new(now.iter().copied());
-                nats += self.model.loss(&self.adapter, &batch)?;
+                nats += self.learner.loss(&batch)?;
                 held.tokens += batch.targets.len() as u64;
                 held.bytes += now.iter().map(|example| example.bytes as u64).sum::<u64>();
                 alive(batch.ids.len())?;

@@ -27,6 +27,9 @@ use crate::protocol::{
     self, Isolation, Load, LoadKind, Meters, ModelFacts, Output, Piece, Reply, Request, RunId, SEQUENCES_MAX,
     Work,
 };
+use crate::train::learner::Taken;
+use crate::train::torch::Process;
+use crate::unit::{Bytes, Millis};
 pub use check::{IsolationCheck, check_isolation};
 use meter::Meter;
 use post::{Inbox, Outlet};
@@ -45,6 +48,10 @@ trait Engine {
     fn facts(&self) -> ModelFacts;
     /// Does one item of work. Looks at [`Desk::check`] as often as it can.
     fn run(&mut self, work: Work, desk: &mut Desk<'_>) -> Result<Output, EngineError>;
+    /// Whether nothing more can come of it: the process ends then, and a new one may do better.
+    fn spent(&self) -> bool {
+        false
+    }
 }
 
 /// What an engine sees of the world during a run.
@@ -53,6 +60,8 @@ struct Desk<'a> {
     cancelled: &'a AtomicBool,
     outlet: &'a Outlet,
     tokens_in: u64,
+    /// What the run took in another process.
+    elsewhere: Taken,
 }
 
 impl Desk<'_> {
@@ -102,7 +111,7 @@ pub fn main() -> ExitCode {
         }
         Err(error) => return refuse(&outlet, error),
     };
-    let machine = match open(&load) {
+    let machine = match open(&load, &outlet) {
         Ok((machine, isolation)) => {
             let facts = match &machine {
                 Machine::Single(engine) => engine.facts(),
@@ -125,6 +134,10 @@ pub fn main() -> ExitCode {
             if let Some((id, work, cancelled)) = inbox.take(true) {
                 perform(engine.as_mut(), id, work, &cancelled, &outlet);
                 inbox.over(id);
+                if engine.spent() {
+                    outlet.flush();
+                    end(1);
+                }
             }
         },
     }
@@ -148,11 +161,11 @@ fn private_output() -> std::io::Result<File> {
 }
 
 /// Checks, closes the sandbox, then loads.
-fn open(load: &Load) -> Result<(Machine, Isolation), EngineError> {
+fn open(load: &Load, outlet: &Arc<Outlet>) -> Result<(Machine, Isolation), EngineError> {
     let threads = load.threads.unwrap_or_else(probe::cores).max(1);
     let checked = match load.kind {
         LoadKind::Noop => None,
-        LoadKind::Train => return open_trainer(load, threads),
+        LoadKind::Train => return open_trainer(load, threads, outlet),
         kind => Some(check(load, kind)?),
     };
     prepare_environment(threads);
@@ -171,14 +184,30 @@ fn open(load: &Load) -> Result<(Machine, Isolation), EngineError> {
 }
 
 /// The same for a trainer, which reads its model anew for every run that needs it.
-fn open_trainer(load: &Load, threads: u16) -> Result<(Machine, Isolation), EngineError> {
+fn open_trainer(
+    load: &Load,
+    threads: u16,
+    outlet: &Arc<Outlet>,
+) -> Result<(Machine, Isolation), EngineError> {
     let Some(scratch) = &load.scratch else {
         return Err(EngineError::protocol(
             "a training worker needs a directory to write to",
         ));
     };
-    let trainer = train::Training::open(load, scratch, threads)?;
+    let mut trainer = train::Training::open(load, scratch, threads)?;
     prepare_environment(threads);
+    if let Some(provided) = &load.trainer {
+        // On a GPU, memory is mapped that the machine does not have.
+        let gpu = std::env::var_os("CUDA_VISIBLE_DEVICES").is_some_and(|gpus| !gpus.is_empty());
+        let limit = load.memory_limit.filter(|_| !gpu);
+        let isolation = sandbox::close_around(&load.model, &provided.reads, scratch, limit);
+        let outlet = Arc::clone(outlet);
+        let process =
+            Process::start(provided, scratch, threads.into())?.with_pulse(move || outlet.say(Reply::Alive));
+        sandbox::narrow();
+        trainer.provide(process, provided.to_string());
+        return Ok((Machine::Single(Box::new(trainer)), isolation));
+    }
     let isolation = sandbox::close(Some(&load.model), None, Some(scratch), load.memory_limit);
     Ok((Machine::Single(Box::new(trainer)), isolation))
 }
@@ -261,11 +290,15 @@ fn perform(engine: &mut dyn Engine, id: RunId, work: Work, cancelled: &AtomicBoo
         cancelled,
         outlet,
         tokens_in: 0,
+        elsewhere: Taken::default(),
     };
     let result = desk.check().and_then(|()| engine.run(work, &mut desk));
+    let own = meter.stop();
     let meters = Meters {
         tokens_in: desk.tokens_in,
-        ..meter.stop()
+        cpu_ms: Millis(own.cpu_ms.0 + desk.elsewhere.cpu_us / 1000),
+        peak_rss: Bytes(own.peak_rss.0 + desk.elsewhere.peak_rss),
+        ..own
     };
     match result {
         Ok(output) => outlet.done(id, output, meters),

@@ -99,6 +99,8 @@ struct Queue {
     urgent: bool,
     /// A thread writes.
     threaded: bool,
+    /// It has replies in its hands just now.
+    writing: bool,
 }
 
 impl Outlet {
@@ -172,6 +174,14 @@ impl Outlet {
         }
     }
 
+    /// Waits until everything that was said is written.
+    pub(super) fn flush(&self) {
+        let mut queue = self.queue();
+        while queue.threaded && (queue.writing || !queue.replies.is_empty()) {
+            queue = self.changed.wait(queue).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
     fn write_for_ever(&self) {
         let mut wrote = Instant::now();
         loop {
@@ -189,10 +199,12 @@ impl Outlet {
                 };
             }
             let replies: Vec<Reply> = queue.replies.drain(..).collect();
-            queue.urgent = false;
+            (queue.urgent, queue.writing) = (false, true);
             drop(queue);
             self.changed.notify_all();
             self.write(&replies);
+            self.queue().writing = false;
+            self.changed.notify_all();
             wrote = Instant::now();
         }
     }

@@ -1,10 +1,14 @@
 //! Training in a worker: from one checkpoint to the next, with what was read and computed kept in between.
+use std::cell::RefCell;
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 use std::time::Instant;
 
 use super::{Desk, Engine};
 use crate::error::EngineError;
 use crate::protocol::{Checkpointed, Isolation, Load, ModelFacts, Output, Progress, Train, Work};
+use crate::train::learner::Taken;
+use crate::train::torch::{Process, Torch};
 use crate::train::trainer::{Spec, Step, Trainer};
 use crate::train::{Settings, TrainError, base, checkpoint};
 use crate::unit::{Bytes, Millis};
@@ -15,6 +19,8 @@ pub(super) struct Training {
     scratch: PathBuf,
     threads: u16,
     facts: ModelFacts,
+    /// A provider's trainer, which takes the place of our own.
+    provided: Option<Rc<RefCell<Process>>>,
     /// The run in memory, as its last checkpoint left it.
     current: Option<Trainer>,
 }
@@ -50,8 +56,22 @@ impl Training {
             scratch: scratch.to_owned(),
             threads,
             facts,
+            provided: None,
             current: None,
         })
+    }
+
+    /// Hands the arithmetic over to a provider's trainer.
+    pub(super) fn provide(&mut self, process: Process, name: String) {
+        self.provided = Some(Rc::new(RefCell::new(process)));
+        self.facts.engine = name;
+    }
+
+    /// What was taken by the process of a provider's trainer so far.
+    fn taken(&self) -> Taken {
+        self.provided
+            .as_ref()
+            .map_or_else(Taken::default, |process| process.borrow().taken())
     }
 
     /// A file in the scratch directory, by its plain name.
@@ -92,8 +112,21 @@ impl Training {
             language: work.language.as_deref(),
             threads: self.threads.into(),
         };
+        let make = |spec: &Spec<'_>| match &self.provided {
+            #[cfg(feature = "cuda")]
+            None if on_gpu() => Trainer::with(spec, |spec, adapter| {
+                let device = candle_core::Device::new_cuda(0)?;
+                Ok(Box::new(crate::train::candle::OnDevice::new(
+                    spec, adapter, device,
+                )?))
+            }),
+            None => Trainer::new(spec),
+            Some(process) => Trainer::with(spec, |spec, adapter| {
+                Ok(Box::new(Torch::open(process.clone(), spec, adapter)?))
+            }),
+        };
         let Some((name, digest)) = &work.from else {
-            return Ok(Trainer::new(&spec)?);
+            return Ok(make(&spec)?);
         };
         let bytes = std::fs::read(self.file(name)?).map_err(|error| EngineError::Crashed {
             how: format!("the checkpoint cannot be read: {error}"),
@@ -103,7 +136,9 @@ impl Training {
                 how: format!("the checkpoint is not {digest}"),
             });
         }
-        Ok(Trainer::resume(&spec, &bytes)?)
+        let mut trainer = make(&spec)?;
+        trainer.restore(&bytes)?;
+        Ok(trainer)
     }
 }
 
@@ -112,15 +147,34 @@ impl Engine for Training {
         self.facts.clone()
     }
 
+    fn spent(&self) -> bool {
+        let process = self.provided.as_ref();
+        process.is_some_and(|process| process.borrow().ended().is_some())
+    }
+
     fn run(&mut self, work: Work, desk: &mut Desk<'_>) -> Result<Output, EngineError> {
         let Work::Train(work) = work else {
             return Err(EngineError::bad_input(
                 "this worker trains, and does nothing else",
             ));
         };
+        let before = self.taken();
+        let made = self.go_on(&work, desk);
+        let after = self.taken();
+        desk.elsewhere = Taken {
+            cpu_us: after.cpu_us.saturating_sub(before.cpu_us),
+            peak_rss: after.peak_rss,
+        };
+        made.map(Output::Checkpoint)
+    }
+}
+
+impl Training {
+    /// From one checkpoint to the next.
+    fn go_on(&mut self, work: &Train, desk: &mut Desk<'_>) -> Result<Checkpointed, EngineError> {
         let out = self.file(&work.out)?;
         desk.alive();
-        let mut trainer = self.take_up(&work)?;
+        let mut trainer = self.take_up(work)?;
         match advance(&mut trainer, work.until, desk) {
             // Told to leave: what is done so far goes along.
             Ok(()) | Err(EngineError::Cancelled) => {}
@@ -141,8 +195,14 @@ impl Engine for Training {
             took_ms: Millis(u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX)).0,
         };
         self.current = Some(trainer);
-        Ok(Output::Checkpoint(done))
+        Ok(done)
     }
+}
+
+/// Whether this lease has a GPU to itself.
+#[cfg(feature = "cuda")]
+fn on_gpu() -> bool {
+    std::env::var_os("CUDA_VISIBLE_DEVICES").is_some_and(|gpus| !gpus.is_empty())
 }
 
 /// Steps, and looks where they are due, until `until` or the end.
@@ -186,7 +246,9 @@ impl From<TrainError> for EngineError {
     fn from(error: TrainError) -> Self {
         let reason = error.to_string();
         match error {
-            TrainError::Tensor(_) | TrainError::Io(_) => Self::Crashed { how: reason },
+            TrainError::Tensor(_) | TrainError::Io(_) | TrainError::Trainer(_) => {
+                Self::Crashed { how: reason }
+            }
             TrainError::Missing(_)
             | TrainError::Shape { .. }
             | TrainError::Json(_)
@@ -194,7 +256,7 @@ impl From<TrainError> for EngineError {
                 file: "the base model".into(),
                 reason,
             },
-            TrainError::Unsupported(_) => Self::Unsupported { reason },
+            TrainError::Unsupported(_) | TrainError::Incapable(_) => Self::Unsupported { reason },
             _ => Self::BadInput { reason },
         }
     }

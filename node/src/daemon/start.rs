@@ -9,12 +9,13 @@ use crate::{
     probe::{self, Found},
     runner::{Tools, Warm, WarmPolicy},
     session::{self, Dial},
+    trainer::Trainer,
 };
 use karez_core::{
     agent::{Agent, AgentConfig, OwnerPolicy},
     id::Digest,
     key::{NodeId, PublicKey, SecretKey},
-    records::Device,
+    records::{Device, WorkKind},
     store::Stored,
 };
 use karez_ledger::{Op, Options, StoreError, Writer};
@@ -57,13 +58,35 @@ impl Daemon {
             error,
         })?;
         let (listener, requests) = control::listen(&files)?;
-        let found = probe::probe(
+        let asked = match &config.trainer {
+            Some(settings) => Some(Trainer::find(settings).await),
+            None => None,
+        };
+        let (trainer, why_none) = match asked {
+            Some(Ok(trainer)) => (Some(trainer), None),
+            Some(Err(why)) => (None, Some(why)),
+            None => (None, None),
+        };
+        // A build without a GPU back end lends GPUs to nobody but the owner's trainer.
+        let only_training = config.policy.work == [WorkKind::Train];
+        let trains_on_gpus = trainer.as_ref().is_some_and(Trainer::has_gpus);
+        let mut found = probe::probe(
             &files.probe(),
             &config.limits,
             options.worker.as_ref(),
-            options.gpu,
+            options.gpu || (only_training && trains_on_gpus),
         )
         .await;
+        found.notes.extend(why_none);
+        if let Some(trainer) = &trainer {
+            trainer.show(&mut found);
+            if trains_on_gpus && !options.gpu && !only_training {
+                let how = "set policy.work = [\"train\"] to lend them for training alone";
+                found
+                    .notes
+                    .push(format!("PyTorch could train on the GPUs: {how}"));
+            }
+        }
         for note in &found.notes {
             tracing::warn!("{note}");
         }
@@ -143,6 +166,7 @@ impl Daemon {
                 warm,
                 threads,
                 sequences,
+                trainer,
             }),
             inputs,
             back,

@@ -90,6 +90,8 @@ pub(crate) struct Tools {
     pub(crate) threads: u16,
     /// Generations that one worker computes at a time.
     pub(crate) sequences: u16,
+    /// The owner's own trainer.
+    pub(crate) trainer: Option<crate::trainer::Trainer>,
 }
 
 /// Why a lease came to nothing.

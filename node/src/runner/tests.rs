@@ -36,6 +36,7 @@ fn bench() -> Bench {
             warm,
             threads: 2,
             sequences: 4,
+            trainer: None,
         },
     }
 }

@@ -24,6 +24,11 @@ impl Running {
             threads: Some(self.job.threads),
             memory_limit: Some(self.job.memory),
             scratch: Some(scratch.0.clone()),
+            trainer: tools
+                .trainer
+                .as_ref()
+                .and_then(|trainer| trainer.serving(&key.gpus))
+                .cloned(),
             ..Load::new(LoadKind::Train, files.path.clone())
         };
         // As the scheduler estimates it.

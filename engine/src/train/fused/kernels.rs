@@ -5,6 +5,8 @@
 
 use rayon::prelude::*;
 
+use crate::train::Rng;
+
 /// Elements below which work is not worth sharing between threads.
 const SHARE_MIN: usize = 1 << 14;
 
@@ -104,17 +106,39 @@ pub(super) fn multiply(
     }
 }
 
+/// Calls `work` compiled for 256-bit vectors where the processor has them. Its results are the same to the last bit: lanes are
+/// laid out by the code, and products and sums are never fused.
+#[inline(always)]
+fn vectorised<R>(work: impl FnOnce() -> R) -> R {
+    #[cfg(target_arch = "x86_64")]
+    {
+        #[target_feature(enable = "avx2")]
+        fn wide<R>(work: impl FnOnce() -> R) -> R {
+            work()
+        }
+        if std::arch::is_x86_feature_detected!("avx2") {
+            #[expect(
+                unsafe_code,
+                reason = "a function for processors with AVX2, called on those alone"
+            )]
+            // SAFETY: the line above asked the processor.
+            return unsafe { wide(work) };
+        }
+    }
+    work()
+}
+
 /// Calls `work` with every row of `out` and its number, on several threads when it is worth it.
 pub(super) fn each_row(out: &mut [f32], width: usize, work: impl Fn(usize, &mut [f32]) + Sync + Send) {
     if out.len() < SHARE_MIN {
         out.chunks_exact_mut(width)
             .enumerate()
-            .for_each(|(row, out)| work(row, out));
+            .for_each(|(row, out)| vectorised(|| work(row, out)));
     } else {
         out.par_chunks_exact_mut(width)
             .with_min_len((SHARE_MIN / 4).div_ceil(width))
             .enumerate()
-            .for_each(|(row, out)| work(row, out));
+            .for_each(|(row, out)| vectorised(|| work(row, out)));
     }
 }
 
@@ -133,7 +157,72 @@ pub(super) fn add_row(out: &mut [f32], row: &[f32]) {
     });
 }
 
+/// Which numbers of a matrix are left out: it follows from a seed and their place alone, so it can be worked out again on
+/// the way back and on any number of threads.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Dropout {
+    /// Of 65,536 numbers, so many are left out.
+    share: u32,
+    /// What the others are multiplied by, so that their sum stays what it was.
+    scale: f32,
+    seed: u64,
+}
+
+impl Dropout {
+    /// None where nothing is left out.
+    pub fn new(share: f32, seed: u64) -> Option<Self> {
+        let whole = (share.clamp(0.0, 0.99) * 65_536.0).round() as u32;
+        (whole > 0).then(|| Self {
+            share: whole,
+            scale: 65_536.0 / (65_536 - whole) as f32,
+            seed,
+        })
+    }
+
+    /// Another one for another place of the model.
+    pub(crate) fn at(self, place: usize) -> Self {
+        let seed = Rng::new(self.seed ^ (place as u64).rotate_left(32)).bits();
+        Self { seed, ..self }
+    }
+
+    /// Calls `with` for every number of `out` and of `x` with what it is multiplied by: `scale`, or nothing.
+    fn each(self, out: &mut [f32], x: &[f32], width: usize, with: impl Fn(&mut f32, f32) + Sync + Send) {
+        each_row(out, width, |row, out| {
+            let x = &x[row * width..][..width];
+            let mut rng = Rng::new(
+                self.seed
+                    ^ (row as u64 + 1)
+                        .wrapping_mul(0x9e37_79b9_7f4a_7c15)
+                        .rotate_left(17),
+            );
+            for (out, x) in out.chunks_mut(4).zip(x.chunks(4)) {
+                let mut bits = rng.bits();
+                for (out, x) in out.iter_mut().zip(x) {
+                    let kept = if (bits & 0xffff) as u32 >= self.share {
+                        self.scale
+                    } else {
+                        0.0
+                    };
+                    with(out, x * kept);
+                    bits >>= 16;
+                }
+            }
+        });
+    }
+
+    /// `out = x` with numbers left out; rows are `width` wide.
+    pub(crate) fn thin(self, out: &mut [f32], x: &[f32], width: usize) {
+        self.each(out, x, width, |out, x| *out = x);
+    }
+
+    /// `out += x` where numbers were not left out: the gradient of [`Dropout::thin`].
+    pub(super) fn add_back(self, out: &mut [f32], x: &[f32], width: usize) {
+        self.each(out, x, width, |out, x| *out += x);
+    }
+}
+
 /// Sum of products in eight lanes, so that the compiler may use vectors without changing the order of additions.
+#[inline(always)]
 fn dot(left: &[f32], right: &[f32]) -> f32 {
     let mut lanes = [0f32; 8];
     let (left, right) = (left.chunks_exact(8), right.chunks_exact(8));
@@ -198,16 +287,56 @@ pub(super) fn rotate(x: &mut [f32], heads: usize, positions: &[u32], cos: &[f32]
 }
 
 /// `e^x` to within two units in the last place (Cephes' polynomial), in operations that become vectors.
+#[inline(always)]
 pub(super) fn exp(x: f32) -> f32 {
     let x = x.clamp(-87.0, 88.0);
-    let whole = (x * std::f32::consts::LOG2_E + 12_582_912.0) - 12_582_912.0;
+    // The addition rounds to a whole number and leaves it in the lowest bits: no conversion, which would not become vectors.
+    let rounded = x * std::f32::consts::LOG2_E + 12_582_912.0;
+    let whole = rounded - 12_582_912.0;
     let rest = x - whole * 0.693_359_4 + whole * 2.121_944_4e-4;
     let mut sum = 1.987_569_1e-4;
     for term in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_6e-1, 0.5] {
         sum = sum * rest + term;
     }
-    let power = f32::from_bits(((whole as i32 + 127) as u32) << 23);
+    let power = f32::from_bits(rounded.to_bits().wrapping_add(127) << 23);
     (sum * rest * rest + rest + 1.0) * power
+}
+
+/// The largest number, in eight lanes. A number that is none is passed over, or comes out.
+#[inline(always)]
+fn largest(values: &[f32]) -> f32 {
+    let mut lanes = [f32::NEG_INFINITY; 8];
+    let chunks = values.chunks_exact(8);
+    let rest = chunks.remainder();
+    for chunk in chunks {
+        for (lane, value) in lanes.iter_mut().zip(chunk) {
+            *lane = if *value > *lane { *value } else { *lane };
+        }
+    }
+    lanes
+        .iter()
+        .chain(rest)
+        .copied()
+        .fold(f32::NEG_INFINITY, f32::max)
+}
+
+/// Turns every value into `e^(value - top)` and returns their sum, added up in eight lanes.
+#[inline(always)]
+fn exponentials(values: &mut [f32], top: f32) -> f32 {
+    let mut lanes = [0f32; 8];
+    let mut chunks = values.chunks_exact_mut(8);
+    for chunk in &mut chunks {
+        for (lane, value) in lanes.iter_mut().zip(chunk) {
+            *value = exp(*value - top);
+            *lane += *value;
+        }
+    }
+    let mut rest = 0.0;
+    for value in chunks.into_remainder() {
+        *value = exp(*value - top);
+        rest += *value;
+    }
+    lanes.iter().sum::<f32>() + rest
 }
 
 /// `out = silu(gate) · up`.
@@ -223,12 +352,14 @@ pub(super) fn swiglu(out: &mut [f32], gate: &[f32], up: &[f32], width: usize) {
 /// The gradients of [`swiglu`]: `gate` and `up` take theirs in place of what they held.
 pub(super) fn swiglu_back(gate: &mut [f32], up: &mut [f32], grad: &[f32], width: usize) {
     let row = |((gate, up), grad): ((&mut [f32], &mut [f32]), &[f32])| {
-        for ((gate, up), grad) in gate.iter_mut().zip(up).zip(grad) {
-            let open = 1.0 / (1.0 + exp(-*gate));
-            let silu = *gate * open;
-            let slope = open * (1.0 + *gate * (1.0 - open));
-            (*gate, *up) = (grad * *up * slope, grad * silu);
-        }
+        vectorised(|| {
+            for ((gate, up), grad) in gate.iter_mut().zip(up).zip(grad) {
+                let open = 1.0 / (1.0 + exp(-*gate));
+                let silu = *gate * open;
+                let slope = open * (1.0 + *gate * (1.0 - open));
+                (*gate, *up) = (grad * *up * slope, grad * silu);
+            }
+        });
     };
     if grad.len() < SHARE_MIN {
         row(((gate, up), grad));
@@ -274,10 +405,11 @@ impl Heads<'_> {
         multiply(size, shares, to, false, query, turned(key, key_row), self.scale());
         for (row, scores) in shares.chunks_exact_mut(to).enumerate() {
             let (seen, ahead) = scores.split_at_mut(from + row + 1);
-            let top = seen.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-            seen.iter_mut().for_each(|score| *score = exp(*score - top));
-            let whole = 1.0 / seen.iter().sum::<f32>();
-            seen.iter_mut().for_each(|score| *score *= whole);
+            vectorised(|| {
+                let top = largest(seen);
+                let whole = 1.0 / exponentials(seen, top);
+                seen.iter_mut().for_each(|score| *score *= whole);
+            });
             ahead.fill(0.0);
         }
     }
@@ -441,18 +573,14 @@ pub(super) fn cross_entropy(logits: &mut [f32], vocabulary: usize, targets: &[u3
         .par_chunks_exact_mut(vocabulary)
         .zip(targets)
         .map(|(logits, target)| {
-            let top = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+            let top = vectorised(|| largest(logits));
             let right = logits[*target as usize] - top;
-            let mut sums = [0f32; 8];
-            for logits in logits.chunks_mut(8) {
-                for (logit, sum) in logits.iter_mut().zip(&mut sums) {
-                    *logit = exp(*logit - top);
-                    *sum += *logit;
-                }
-            }
-            let sum = sums.iter().sum::<f32>();
-            let share = scale / sum;
-            logits.iter_mut().for_each(|logit| *logit *= share);
+            let sum = vectorised(|| {
+                let sum = exponentials(logits, top);
+                let share = scale / sum;
+                logits.iter_mut().for_each(|logit| *logit *= share);
+                sum
+            });
             logits[*target as usize] -= scale;
             // A logit that is not a number must show in the loss: `max` and the clamp of `exp` pass over it.
             if top.is_finite() && sum.is_finite() {

@@ -3,7 +3,7 @@
 use half::bf16;
 use rayon::prelude::*;
 
-use super::kernels::{self, Product, by_rows, multiply, turned};
+use super::kernels::{self, Dropout, Product, by_rows, multiply, turned};
 use super::{Fused, Linear, room};
 use crate::train::adapter::Adapter;
 use crate::train::base::{Matrix, Values};
@@ -14,6 +14,18 @@ pub(super) struct Back<'a> {
     pub(super) x: &'a [f32],
     pub(super) narrow: &'a [f32],
     pub(super) dy: &'a [f32],
+}
+
+/// Room to work in.
+pub(super) struct Bench<'a> {
+    /// For a matrix in f32.
+    pub(super) weight: &'a mut Vec<f32>,
+    /// For what enters an adapter with numbers left out.
+    pub(super) thinned: &'a mut Vec<f32>,
+    /// For a gradient as narrow as the adapter.
+    pub(super) d_narrow: &'a mut Vec<f32>,
+    /// What is left out in this pass.
+    pub(super) dropout: Option<Dropout>,
 }
 
 impl Fused {
@@ -30,11 +42,11 @@ impl Fused {
         x: &[f32],
         narrow: &mut Vec<f32>,
         y: &mut [f32],
-        scratch: &mut Vec<f32>,
+        bench: &mut Bench<'_>,
     ) {
         let threads = self.threads;
         let (n, k) = (linear.weight.rows, linear.weight.columns);
-        let weight = linear.weight.whole(scratch);
+        let weight = linear.weight.whole(bench.weight);
         multiply(
             Product {
                 m: rows,
@@ -55,6 +67,14 @@ impl Fused {
         if let Some(slot) = &linear.adapter {
             let (a, b, rank) = (adapter.a(slot), adapter.b(slot), adapter.rank());
             let narrow = room(narrow, rows * rank);
+            let seen = match bench.dropout {
+                None => x,
+                Some(dropout) => {
+                    let thinned = room(bench.thinned, rows * k);
+                    dropout.at(slot.a_range(rank).start).thin(thinned, x, k);
+                    thinned
+                }
+            };
             multiply(
                 Product {
                     m: rows,
@@ -65,7 +85,7 @@ impl Fused {
                 narrow,
                 rank,
                 false,
-                by_rows(x, k),
+                by_rows(seen, k),
                 turned(a, k),
                 1.0,
             );
@@ -99,15 +119,14 @@ impl Fused {
         pass: Back<'_>,
         dx: Option<(&mut [f32], bool)>,
         grads: &mut [f32],
-        scratch: &mut Vec<f32>,
-        d_narrow: &mut Vec<f32>,
+        bench: &mut Bench<'_>,
     ) {
         let Back { rows, x, narrow, dy } = pass;
         let threads = self.threads;
         let (n, k) = (linear.weight.rows, linear.weight.columns);
         let d_narrow = linear.adapter.as_ref().map(|slot| {
             let (rank, scale) = (adapter.rank(), adapter.scale());
-            let d_narrow = room(d_narrow, rows * rank);
+            let d_narrow = room(bench.d_narrow, rows * rank);
             let size = Product {
                 m: rows,
                 n: rank,
@@ -138,11 +157,20 @@ impl Fused {
                 threads,
             };
             let a = &mut grads[slot.a_range(rank)];
-            multiply(size, a, k, true, turned(d_narrow, rank), by_rows(x, k), 1.0);
-            (d_narrow, adapter.a(slot), rank)
+            let dropout = bench.dropout.map(|dropout| dropout.at(slot.a_range(rank).start));
+            let seen = match dropout {
+                None => x,
+                Some(dropout) => {
+                    let thinned = room(bench.thinned, rows * k);
+                    dropout.thin(thinned, x, k);
+                    thinned
+                }
+            };
+            multiply(size, a, k, true, turned(d_narrow, rank), by_rows(seen, k), 1.0);
+            (d_narrow, adapter.a(slot), rank, dropout)
         });
         if let Some((dx, add)) = dx {
-            let weight = linear.weight.whole(scratch);
+            let weight = linear.weight.whole(bench.weight);
             multiply(
                 Product {
                     m: rows,
@@ -157,14 +185,22 @@ impl Fused {
                 by_rows(weight, k),
                 1.0,
             );
-            if let Some((d_narrow, a, rank)) = d_narrow {
+            if let Some((d_narrow, a, rank, dropout)) = d_narrow {
                 let size = Product {
                     m: rows,
                     n: k,
                     k: rank,
                     threads,
                 };
-                multiply(size, dx, k, true, by_rows(d_narrow, rank), by_rows(a, k), 1.0);
+                let (left, right) = (by_rows(d_narrow, rank), by_rows(a, k));
+                match dropout {
+                    None => multiply(size, dx, k, true, left, right, 1.0),
+                    Some(dropout) => {
+                        let more = room(bench.thinned, rows * k);
+                        multiply(size, more, k, false, left, right, 1.0);
+                        dropout.add_back(dx, more, k);
+                    }
+                }
             }
         }
     }

@@ -10,8 +10,9 @@
 mod kernels;
 mod linear;
 
+pub use self::kernels::Dropout;
 use self::kernels::{AttentionGrads, Heads, Product, by_rows, multiply, turned};
-use self::linear::Back;
+use self::linear::{Back, Bench};
 use super::TrainError;
 use super::adapter::{Adapter, Slot};
 use super::base::{BaseModel, Matrix};
@@ -60,6 +61,8 @@ struct Kept {
     middle_normed: Vec<f32>,
     gate: Vec<f32>,
     up: Vec<f32>,
+    /// `silu(gate) · up`.
+    opened: Vec<f32>,
     /// `x · Aᵀ` of each adapter.
     narrow: [Vec<f32>; MODULES.len()],
 }
@@ -67,7 +70,6 @@ struct Kept {
 /// Buffers of one pass, kept for the next.
 #[derive(Default)]
 struct Scratch {
-    inner: Vec<f32>,
     d_gate: Vec<f32>,
     d_query: Vec<f32>,
     d_key: Vec<f32>,
@@ -82,6 +84,7 @@ struct Scratch {
     last: Vec<f32>,
     dx: Vec<f32>,
     weight: Vec<f32>,
+    thinned: Vec<f32>,
     position: Vec<u32>,
 }
 
@@ -100,6 +103,10 @@ pub struct Fused {
     turned: usize,
     kept: Vec<Kept>,
     scratch: Scratch,
+    /// What passes with gradients leave out.
+    dropout: Option<Dropout>,
+    /// What this pass does.
+    dropping: Option<Dropout>,
 }
 
 /// A buffer of that length. What it held before is overwritten by whoever asks.
@@ -171,8 +178,15 @@ impl Fused {
             turned: 0,
             kept: Vec::new(),
             scratch: Scratch::default(),
+            dropout: None,
+            dropping: None,
             config,
         })
+    }
+
+    /// From now on, passes with gradients leave out a `share` of the numbers that enter each adapter, drawn from `seed`.
+    pub fn drop_out(&mut self, share: f32, seed: u64) {
+        self.dropout = Dropout::new(share, seed);
     }
 
     /// Sum of cross-entropies over the batch's targets, in nats.
@@ -278,6 +292,7 @@ impl Fused {
             )));
         }
         self.turn_up_to(longest)?;
+        self.dropping = self.dropout.filter(|_| keep);
         let (rows, hidden) = (batch.ids.len(), self.config.hidden_size);
         self.kept.resize_with(self.layers.len() + 1, Kept::default);
         let (mut kept, mut scratch) = (std::mem::take(&mut self.kept), std::mem::take(&mut self.scratch));
@@ -419,9 +434,14 @@ impl Fused {
         let heads = self.heads(sequences);
         let (query_row, key_row) = (heads.query * heads.width, heads.key * heads.width);
         let rows = s.position.len();
-        let weight = &mut s.weight;
+        let mut bench = Bench {
+            weight: &mut s.weight,
+            thinned: &mut s.thinned,
+            d_narrow: &mut s.d_narrow,
+            dropout: self.dropping,
+        };
         let mut linear = |module: usize, x: &[f32], narrow: &mut Vec<f32>, y: &mut [f32]| {
-            self.linear(&layer.linears[module], adapter, rows, x, narrow, y, weight);
+            self.linear(&layer.linears[module], adapter, rows, x, narrow, y, &mut bench);
         };
         let x = &kept.x[..rows * hidden];
         let normed = room(&mut kept.normed, rows * hidden);
@@ -453,7 +473,7 @@ impl Fused {
         let up = room(&mut kept.up, rows * inner);
         linear(GATE, normed, &mut kept.narrow[GATE], gate);
         linear(UP, normed, &mut kept.narrow[UP], up);
-        let opened = room(&mut s.inner, rows * inner);
+        let opened = room(&mut kept.opened, rows * inner);
         kernels::swiglu(opened, gate, up, inner);
         let out = room(out, rows * hidden);
         linear(DOWN, opened, &mut kept.narrow[DOWN], out);
@@ -481,19 +501,23 @@ impl Fused {
         let rows = s.position.len();
         // Nothing below the first layer learns.
         let first = index == 0;
-        let (weight, d_narrow) = (&mut s.weight, &mut s.d_narrow);
+        let mut bench = Bench {
+            weight: &mut s.weight,
+            thinned: &mut s.thinned,
+            d_narrow: &mut s.d_narrow,
+            dropout: self.dropping,
+        };
         let mut back =
             |module: usize, x: &[f32], narrow: &[f32], dy: &[f32], dx: Option<(&mut [f32], bool)>| {
                 let pass = Back { rows, x, narrow, dy };
-                self.linear_back(&layer.linears[module], adapter, pass, dx, grads, weight, d_narrow);
+                self.linear_back(&layer.linears[module], adapter, pass, dx, grads, &mut bench);
             };
         // Feed-forward part.
-        let opened = room(&mut s.inner, rows * inner);
+        let opened = &kept.opened[..rows * inner];
         let (gate, up) = (
             room(&mut kept.gate, rows * inner),
             room(&mut kept.up, rows * inner),
         );
-        kernels::swiglu(opened, gate, up, inner);
         let d_opened = room(&mut s.d_gate, rows * inner);
         let dx = room(&mut s.dx, rows * hidden);
         back(DOWN, opened, &kept.narrow[DOWN], dx, Some((d_opened, false)));
