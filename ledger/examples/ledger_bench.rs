@@ -4,7 +4,8 @@
 //!
 //! Beside each figure stands a bare file that appends the same number of bytes and calls `sync_data`, and redb with one
 //! durable transaction per group, in the same run on the same disk: compare those, not the figures of different
-//! machines. Figures "per core second" count CPU time. KAREZ_BENCH_RECEIPTS sets the size of the large ledger (100,000).
+//! machines. Figures "per core second" count CPU time. KAREZ_BENCH_RECEIPTS sets the size of the large ledger (100,000);
+//! `--make DIR COUNT` makes one beforehand, and KAREZ_BENCH_LEDGER=DIR measures it.
 #![allow(clippy::unwrap_used)]
 #[path = "../tests/common/mod.rs"]
 mod common;
@@ -54,11 +55,7 @@ fn transaction(n: u64, posting: Posting) -> Transaction {
 }
 
 async fn commits(dir: &Path, writers: u64, each: u64) -> (Value, u64) {
-    let options = Options {
-        scheduler: Some(scheduler()),
-        ..Options::default()
-    };
-    let (writer, _) = Writer::open(dir, options).unwrap();
+    let (writer, _) = Writer::open(dir, options()).unwrap();
     // Made before: deriving keys is not what is measured.
     let grants: Vec<Posting> = (0..8).map(|n| grant(n, 1)).collect();
     let start = Instant::now();
@@ -230,45 +227,77 @@ fn receipts(count: u64) -> Value {
     })
 }
 
-/// Writes a ledger of `count` receipts to a file, verifies it in a process of its own, and opens a store of it again.
-fn large(place: &Path, count: u64) -> Value {
-    let dir = tempfile::tempdir_in(place).unwrap();
-    let path = dir.path().join("ledger.jsonl");
-    let options = Options {
-        scheduler: Some(scheduler()),
-        ..Options::default()
-    };
-    let (writer, _) = Writer::open(dir.path(), options.clone()).unwrap();
-    let secret = scheduler_secret();
-    let mut out = std::io::BufWriter::new(File::create(&path).unwrap());
-    let mut accounts = karez_core::money::Accounts::default();
-    {
-        let mut exporter = Exporter::begin(&mut out, &secret, AT).unwrap();
-        let mut entries = 0;
+/// Makes a ledger of `count` receipts in `dir`: a store, and its export beside it. Two threads sign, this one posts.
+fn make(dir: &Path, count: u64) {
+    let (writer, _) = Writer::open(&dir.join("store"), options()).unwrap();
+    writer.commit_blocking(posts(vec![grant(0, 1 << 60)])).unwrap();
+    let jobs = count.div_ceil(PARTS);
+    std::thread::scope(|scope| {
+        let (send, made) = std::sync::mpsc::sync_channel::<Vec<Posting>>(16);
+        for thread in 0..2 {
+            let send = send.clone();
+            scope.spawn(move || {
+                for job in (thread..jobs).step_by(2) {
+                    let next = order(0, 1 + job, 1_000_000);
+                    let mut postings = vec![reserve(&next, 1_000_000)];
+                    for part in 0..PARTS.min(count - job * PARTS) {
+                        let mut part = Part::of(&next, part as u32, 1);
+                        part.readings = 1;
+                        postings.push(part.settle());
+                    }
+                    send.send(postings).unwrap();
+                }
+            });
+        }
+        drop(send);
         let mut group = Vec::new();
-        let mut flush = |group: &mut Vec<Posting>| {
-            let ops = group.drain(..).map(|posting| Op::Post(posting, AT)).collect();
-            writer.commit_blocking(Transaction { ops }).unwrap();
-            for entry in writer.entries(entries) {
-                let entry = entry.unwrap();
-                accounts.apply(&entry.posting).unwrap();
-                exporter.entry(entry).unwrap();
-                entries += 1;
-            }
-        };
-        for posting in ledger(count) {
-            group.push(posting);
-            if group.len() == 1_000 {
-                flush(&mut group);
+        for postings in made {
+            group.extend(postings);
+            if group.len() >= 1_000 {
+                writer.commit_blocking(posts(std::mem::take(&mut group))).unwrap();
             }
         }
-        flush(&mut group);
-        exporter.finish(&accounts).unwrap();
+        writer.commit_blocking(posts(group)).unwrap();
+    });
+    let mut out = std::io::BufWriter::new(File::create(dir.join("ledger.jsonl")).unwrap());
+    let secret = scheduler_secret();
+    let mut exporter = Exporter::begin(&mut out, &secret, AT).unwrap();
+    for entry in writer.entries(0) {
+        exporter.entry(entry.unwrap()).unwrap();
     }
+    exporter.finish(&writer.accounts()).unwrap();
     out.flush().unwrap();
-    drop(out);
-    let export_bytes = std::fs::metadata(&path).unwrap().len();
+}
+
+/// Parts of a job.
+const PARTS: u64 = 100;
+
+fn options() -> Options {
+    Options {
+        scheduler: Some(scheduler()),
+        ..Options::default()
+    }
+}
+
+fn posts(postings: Vec<Posting>) -> Transaction {
+    Transaction {
+        ops: postings
+            .into_iter()
+            .map(|posting| Op::Post(posting, AT))
+            .collect(),
+    }
+}
+
+/// Opens a ledger that [`make`] made, proves a hundred entries, and verifies its export in a process of its own.
+fn large(dir: &Path) -> Value {
+    let export = dir.join("ledger.jsonl");
+    let begin = Instant::now();
+    let (writer, recovered) = Writer::open(&dir.join("store"), options()).unwrap();
+    let reopen = begin.elapsed().as_secs_f64();
+    assert_eq!(recovered.report, Vec::<String>::new());
     let (size, root) = writer.tree();
+    let count = size - 1 - (size - 1).div_ceil(PARTS + 1);
+    let secret = scheduler_secret();
     let begin = Instant::now();
     let mut proof_bytes = 0;
     for n in 0..100 {
@@ -277,25 +306,17 @@ fn large(place: &Path, count: u64) -> Value {
         proof_bytes = proof.path.len() * 32;
     }
     let proof_ms = begin.elapsed().as_secs_f64() * 10.0;
-    drop(writer);
-    let stored: u64 = walk(dir.path())
-        .iter()
-        .filter(|(p, _)| *p != path)
-        .map(|(_, len)| len)
-        .sum();
-    let begin = Instant::now();
-    let (writer, _) = Writer::open(dir.path(), options).unwrap();
-    let reopen = begin.elapsed().as_secs_f64();
-    drop(writer);
+    drop((writer, recovered));
+    let stored: u64 = walk(&dir.join("store")).iter().map(|(_, len)| len).sum();
     let output = std::process::Command::new(std::env::current_exe().unwrap())
         .arg("--verify")
-        .arg(&path)
+        .arg(&export)
         .output()
         .unwrap();
     let verified: Value = serde_json::from_slice(&output.stdout).unwrap();
     json!({
         "receipts": count,
-        "export_bytes_per_receipt": export_bytes / count,
+        "export_bytes_per_receipt": std::fs::metadata(&export).unwrap().len() / count,
         "stored_bytes_per_receipt": stored / count,
         "inclusion_path_bytes": proof_bytes,
         "proof_ms": proof_ms,
@@ -336,8 +357,11 @@ fn verify_file(path: &str) {
 
 fn main() {
     let mut args = std::env::args().skip(1);
-    if std::env::args().nth(1).as_deref() == Some("--verify") {
-        return verify_file(&std::env::args().nth(2).unwrap());
+    let given: Vec<String> = std::env::args().skip(1).collect();
+    match given.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+        ["--verify", file] => return verify_file(file),
+        ["--make", dir, count] => return make(Path::new(dir), count.parse().unwrap()),
+        _ => {}
     }
     let out = PathBuf::from(args.next().expect("usage: ledger_bench OUT.json [DIR]"));
     let place = args.next().map_or_else(std::env::temp_dir, PathBuf::from);
@@ -362,10 +386,15 @@ fn main() {
     }
     let receipts = receipts(20_000);
     println!("receipts: {receipts}");
-    let count = std::env::var("KAREZ_BENCH_RECEIPTS")
-        .ok()
-        .and_then(|n| n.parse().ok());
-    let large = large(&place, count.unwrap_or(100_000));
+    let large = match std::env::var_os("KAREZ_BENCH_LEDGER") {
+        Some(dir) => large(Path::new(&dir)),
+        None => {
+            let count = std::env::var("KAREZ_BENCH_RECEIPTS").ok();
+            let dir = tempfile::tempdir_in(&place).unwrap();
+            make(dir.path(), count.and_then(|n| n.parse().ok()).unwrap_or(100_000));
+            large(dir.path())
+        }
+    };
     println!("ledger: {large}");
     let report = json!({
         "bench": "ledger",

@@ -27,7 +27,7 @@ use sha2::{Digest as _, Sha512};
 use std::collections::HashMap;
 
 /// Fewer than this are quicker one by one.
-const TOGETHER_MIN: usize = 64;
+pub(crate) const TOGETHER_MIN: usize = 64;
 /// Keys whose points are kept; more than any federation has nodes at work.
 const KEYS_MAX: usize = 200_000;
 /// Bytes of each random number whose bits choose halves: eight rounds a byte.

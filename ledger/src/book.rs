@@ -4,20 +4,30 @@
 //! All integers are big-endian.
 //!
 //! ```text
-//! entry    = previous[32] seq:u64 at:u64 kind:u8 legs:u8 leg* evidence:u16 envelope*
+//! entry    = skeleton records
+//! skeleton = previous[32] seq:u64 at:u64 kind:u8 legs:u8 leg* gist:u8 byte*
+//! records  = 0 evidence | 1 digest[32]
+//! evidence = count:u16 envelope*
 //! kind     = 0 grant | 1 reserve | 2 settle | 3 release | 4 accept | 5 dispute | 6 ruling | 7 expire | 8 rates
 //!          | 9 limit | 10 payment
 //! leg      = account amount:i64
 //! account  = 0 (federation) | 1 user[32] (user) | 2 job[32] (escrow) | 3 len:u8 name (institution)
 //!          | 4 grant[32] (grant) | 5 receipt[32] (disputed)
 //! envelope = len:u32 bytes
-//! hash     = BLAKE3 in key-derivation mode, context "karez-ledger/1 entry", over the bytes of the entry
+//! digest   = BLAKE3 in key-derivation mode, context "karez-ledger/2 evidence", over evidence
+//! hash     = BLAKE3 in key-derivation mode, context "karez-ledger/2 entry", over skeleton and digest
 //! ```
+//!
+//! So the records of an entry can be dropped when nobody needs their detail any more: their digest takes their place, and
+//! hash, legs and gist (what the rules must remember of them, see `evidence::gist`) stay what they were.
 //!
 //! The `previous` of entry 0 is the same function with context "karez-ledger/1 genesis" over the scheduler's key, so
 //! that no entry of one scheduler's ledger fits into another's.
 use crate::{
-    evidence::{Change, EvidenceError, Examined, Trail, examine, recall},
+    evidence::{
+        Change, EvidenceError, Examined, GIST_MAX, Rule, Trail, examine, examine_dropped, is_droppable,
+        recall,
+    },
     tree::{Frontier, entry_leaf},
 };
 use karez_core::{
@@ -26,6 +36,7 @@ use karez_core::{
     money::{Account, Accounts, EVIDENCE_MAX, LEGS_MAX, Posting, PostingError, PostingKind},
     unit::UtcMillis,
 };
+use std::sync::LazyLock;
 
 /// The largest encoded entry, in bytes: an order, a lease, 508 readings, a usage and a receipt fit.
 pub const ENTRY_BYTES_MAX: usize = 5 * 512 * 1024;
@@ -41,6 +52,10 @@ pub struct Entry {
     pub at: UtcMillis,
     /// What moved, and why.
     pub posting: Posting,
+    /// What the rules remember of the records; it outlives them.
+    pub gist: Vec<u8>,
+    /// The digest of the records, once they were dropped: the posting has no evidence then.
+    pub dropped: Option<Digest>,
 }
 
 /// Bytes that are no entry.
@@ -226,17 +241,16 @@ impl Book {
         examined: Examined,
     ) -> Result<(Entry, Vec<u8>, Undo), BookError> {
         let change = self.check(at, &examined)?;
-        let entry = Entry {
-            seq: self.entries(),
-            previous: self.head,
-            at,
-            posting: examined.into_posting(),
-        };
-        let bytes = entry.encode();
+        let digest = examined.evidence();
+        let entry = examined.into_entry(self.entries(), self.head, at);
+        let mut bytes = Vec::with_capacity(entry.encoded_len());
+        entry.encode_skeleton(&mut bytes);
+        let hash = hash_with(&bytes, &digest);
+        entry.encode_records(&mut bytes);
         if bytes.len() > ENTRY_BYTES_MAX {
             return Err(BookError::TooLarge { bytes: bytes.len() });
         }
-        let undo = self.take(&entry.posting, change, hash_of(&bytes))?;
+        let undo = self.take(&entry.posting, change, hash)?;
         Ok((entry, bytes, undo))
     }
 
@@ -302,14 +316,21 @@ impl Book {
     /// Takes over an entry from elsewhere after checking everything about it.
     pub fn replay(&mut self, entry: &Entry) -> Result<(), BookError> {
         self.follows(entry.seq, entry.previous)?;
-        self.append(entry.at, entry.posting.clone()).map(drop)
+        let scheduler = self.scheduler.ok_or(BookError::NoLedger)?;
+        let examined = match entry.dropped {
+            None => examine(entry.posting.clone(), scheduler)?,
+            Some(digest) => examine_dropped(entry.posting.clone(), scheduler, &entry.gist, digest)?,
+        };
+        same_gist(&examined, &entry.gist)?;
+        self.append_examined(entry.at, examined).map(drop)
     }
 
     /// As [`Book::replay`] but without the signatures: for entries from one's own disk that were checked when posted.
     pub fn recall(&mut self, entry: &Entry) -> Result<(), BookError> {
         let scheduler = self.scheduler.ok_or(BookError::NoLedger)?;
         self.follows(entry.seq, entry.previous)?;
-        let examined = recall(entry.posting.clone(), scheduler)?;
+        let examined = recall(entry, scheduler)?;
+        same_gist(&examined, &entry.gist)?;
         self.append_examined(entry.at, examined).map(drop)
     }
 
@@ -345,8 +366,64 @@ pub fn balances_digest(accounts: &Accounts) -> Digest {
     Digest(*hasher.finalize().as_bytes())
 }
 
-pub(crate) fn hash_of(encoded: &[u8]) -> Digest {
-    Digest(blake3::derive_key("karez-ledger/1 entry", encoded))
+/// The hash of an encoded entry; `None` for bytes that are not one as far as that can be seen without reading them.
+pub(crate) fn hash_of(encoded: &[u8]) -> Option<Digest> {
+    let mut from = Cursor::new(encoded);
+    from.skip_skeleton().ok()?;
+    let (skeleton, records) = encoded.split_at_checked(from.at)?;
+    let digest = match records.split_first()? {
+        (0, evidence) => Digest(*derive(&EVIDENCE).update(evidence).finalize().as_bytes()),
+        (1, digest) => Digest(digest.try_into().ok()?),
+        _ => return None,
+    };
+    Some(hash_with(skeleton, &digest))
+}
+
+static ENTRY: LazyLock<blake3::Hasher> =
+    LazyLock::new(|| blake3::Hasher::new_derive_key("karez-ledger/2 entry"));
+static EVIDENCE: LazyLock<blake3::Hasher> =
+    LazyLock::new(|| blake3::Hasher::new_derive_key("karez-ledger/2 evidence"));
+
+/// A hasher whose context was hashed before.
+fn derive(context: &LazyLock<blake3::Hasher>) -> blake3::Hasher {
+    blake3::Hasher::clone(context)
+}
+
+fn hash_with(skeleton: &[u8], evidence: &Digest) -> Digest {
+    Digest(
+        *derive(&ENTRY)
+            .update(skeleton)
+            .update(&evidence.0)
+            .finalize()
+            .as_bytes(),
+    )
+}
+
+/// The digest that takes the records' place.
+pub(crate) fn evidence_digest(evidence: &[Vec<u8>]) -> Digest {
+    let mut section = Vec::with_capacity(2 + evidence.iter().map(|e| e.len() + 4).sum::<usize>());
+    encode_evidence(&mut section, evidence);
+    Digest(*derive(&EVIDENCE).update(&section).finalize().as_bytes())
+}
+
+fn encode_evidence(out: &mut Vec<u8>, evidence: &[Vec<u8>]) {
+    // Checked postings have at most 512 records; anything else cannot be decoded again.
+    let count = u16::try_from(evidence.len()).unwrap_or(u16::MAX);
+    out.extend_from_slice(&count.to_be_bytes());
+    for envelope in evidence {
+        let len = u32::try_from(envelope.len()).unwrap_or(u32::MAX);
+        out.extend_from_slice(&len.to_be_bytes());
+        out.extend_from_slice(envelope);
+    }
+}
+
+fn same_gist(examined: &Examined, gist: &[u8]) -> Result<(), EvidenceError> {
+    if examined.gist() == gist {
+        return Ok(());
+    }
+    Err(EvidenceError::Gist {
+        rule: Box::new(Rule::GistUnreadable),
+    })
 }
 
 pub(crate) fn encode_leg(out: &mut Vec<u8>, account: &Account, amount: i64) {
@@ -389,30 +466,82 @@ pub(crate) fn kind_byte(kind: PostingKind) -> u8 {
 impl Entry {
     /// The hash that the next entry names.
     pub fn hash(&self) -> Digest {
-        hash_of(&self.encode())
+        let digest = self
+            .dropped
+            .unwrap_or_else(|| evidence_digest(&self.posting.evidence));
+        self.hash_by(&digest)
+    }
+
+    /// The same, when the digest of the records is known.
+    pub(crate) fn hash_by(&self, evidence: &Digest) -> Digest {
+        let mut skeleton = Vec::with_capacity(512);
+        self.encode_skeleton(&mut skeleton);
+        hash_with(&skeleton, evidence)
+    }
+
+    /// Has it records that may be dropped once its job is over?
+    pub(crate) fn can_forget(&self) -> bool {
+        self.dropped.is_none() && is_droppable(self.posting.kind)
+    }
+
+    /// Without its records: hash, legs and gist stay. `None` for a kind whose records must stay, and for one that has
+    /// none left.
+    pub fn without_records(&self) -> Option<Self> {
+        if !self.can_forget() {
+            return None;
+        }
+        Some(Self {
+            dropped: Some(evidence_digest(&self.posting.evidence)),
+            posting: Posting {
+                kind: self.posting.kind,
+                legs: self.posting.legs.clone(),
+                evidence: Vec::new(),
+            },
+            gist: self.gist.clone(),
+            ..*self
+        })
+    }
+
+    /// Bytes of [`Entry::encode`], or some more.
+    pub(crate) fn encoded_len(&self) -> usize {
+        let evidence: usize = self.posting.evidence.iter().map(|e| e.len() + 4).sum();
+        96 + self.posting.legs.len() * 80 + self.gist.len() + evidence
     }
 
     /// The bytes that are hashed and kept. The layout is documented at the top of this module.
     pub fn encode(&self) -> Vec<u8> {
-        let evidence: usize = self.posting.evidence.iter().map(|e| e.len() + 4).sum();
-        let mut out = Vec::with_capacity(64 + self.posting.legs.len() * 80 + evidence);
+        let mut out = Vec::with_capacity(self.encoded_len());
+        self.encode_skeleton(&mut out);
+        self.encode_records(&mut out);
+        out
+    }
+
+    fn encode_skeleton(&self, out: &mut Vec<u8>) {
         out.extend_from_slice(&self.previous.0);
         out.extend_from_slice(&self.seq.to_be_bytes());
         out.extend_from_slice(&self.at.0.to_be_bytes());
         out.push(kind_byte(self.posting.kind));
-        // Checked postings have at most 16 legs and 512 records; anything else cannot be decoded again.
+        // Checked postings have at most 16 legs; anything else cannot be decoded again.
         out.push(u8::try_from(self.posting.legs.len()).unwrap_or(u8::MAX));
         for (account, amount) in &self.posting.legs {
-            encode_leg(&mut out, account, *amount);
+            encode_leg(out, account, *amount);
         }
-        let count = u16::try_from(self.posting.evidence.len()).unwrap_or(u16::MAX);
-        out.extend_from_slice(&count.to_be_bytes());
-        for envelope in &self.posting.evidence {
-            let len = u32::try_from(envelope.len()).unwrap_or(u32::MAX);
-            out.extend_from_slice(&len.to_be_bytes());
-            out.extend_from_slice(envelope);
+        let gist = &self.gist[..self.gist.len().min(GIST_MAX)];
+        out.push(gist.len() as u8);
+        out.extend_from_slice(gist);
+    }
+
+    fn encode_records(&self, out: &mut Vec<u8>) {
+        match &self.dropped {
+            None => {
+                out.push(0);
+                encode_evidence(out, &self.posting.evidence);
+            }
+            Some(digest) => {
+                out.push(1);
+                out.extend_from_slice(&digest.0);
+            }
         }
-        out
     }
 
     /// Reads what [`Entry::encode`] wrote, and nothing else.
@@ -439,14 +568,23 @@ impl Entry {
             let account = from.account()?;
             legs.push((account, i64::from_be_bytes(from.array()?)));
         }
-        let count = usize::from(u16::from_be_bytes(from.array()?));
-        if count > EVIDENCE_MAX {
-            return from.bad("too much evidence");
-        }
-        let mut evidence = Vec::with_capacity(count);
-        for _ in 0..count {
-            let len = u32::from_be_bytes(from.array()?) as usize;
-            evidence.push(from.take(len)?.to_vec());
+        let len = usize::from(from.byte()?);
+        let gist = from.take(len)?.to_vec();
+        let (mut evidence, mut dropped) = (Vec::new(), None);
+        match from.byte()? {
+            0 => {
+                let count = usize::from(u16::from_be_bytes(from.array()?));
+                if count > EVIDENCE_MAX {
+                    return from.bad("too much evidence");
+                }
+                evidence.reserve(count);
+                for _ in 0..count {
+                    let len = u32::from_be_bytes(from.array()?) as usize;
+                    evidence.push(from.take(len)?.to_vec());
+                }
+            }
+            1 if is_droppable(kind) => dropped = Some(Digest(from.array()?)),
+            _ => return from.bad("neither records nor their digest"),
         }
         if from.at != bytes.len() {
             return from.bad("bytes follow its end");
@@ -456,6 +594,8 @@ impl Entry {
             previous,
             at,
             posting: Posting { kind, legs, evidence },
+            gist,
+            dropped,
         })
     }
 }
@@ -493,6 +633,23 @@ impl<'a> Cursor<'a> {
             5 => Account::Disputed(Digest(self.array()?)),
             _ => return self.bad("unknown kind of account"),
         })
+    }
+    /// Passes over what stands before an entry's records.
+    fn skip_skeleton(&mut self) -> Result<(), EntryDecodeError> {
+        self.take(32 + 8 + 8 + 1)?;
+        for _ in 0..self.byte()? {
+            match self.byte()? {
+                0 => {}
+                3 => {
+                    let len = self.byte()?;
+                    self.take(len.into())?;
+                }
+                _ => drop(self.take(32)?),
+            }
+            self.take(8)?;
+        }
+        let gist = self.byte()?;
+        self.take(gist.into()).map(drop)
     }
     fn bad<T>(&self, why: &'static str) -> Result<T, EntryDecodeError> {
         Err(EntryDecodeError { why, at: self.at })

@@ -9,12 +9,14 @@
 //! directory is opened, and so is everything when a root does not come out as the book's.
 use crate::{
     book::Entry,
+    evidence::receipt_of,
     recovery::PAGE_ENTRIES,
     store::{Store, StoreError},
     tree::{Frontier, Subtrees, TreeHash, entry_leaf, root, stored_at, stored_count},
 };
 use karez_core::{
     id::{Digest, RecordId},
+    money::{Account, PostingKind},
     records::describe,
 };
 use std::{
@@ -24,7 +26,7 @@ use std::{
 };
 
 /// Bytes of an id that are kept: a search for fewer may find several.
-const ID: usize = 16;
+pub(crate) const ID: usize = 16;
 /// Bytes read at a time in a search.
 const WINDOW: usize = 1 << 20;
 
@@ -45,18 +47,33 @@ pub(crate) struct Added {
 
 impl Added {
     /// Takes the next entry; `frontier` is the tree before it, and afterwards the one with it.
-    pub(crate) fn push(&mut self, frontier: &mut Frontier, hash: &Digest, last_record: Option<&[u8]>) {
+    pub(crate) fn push(&mut self, frontier: &mut Frontier, hash: &Digest, record: [u8; ID]) {
         let tree = &mut self.tree;
         frontier.push_each(entry_leaf(hash), &mut |node| tree.extend_from_slice(&node.0));
-        let id = last_record.and_then(describe).map(|(_, id, _)| id);
-        let id = id.map_or([0; 32], |id| id.0);
-        self.records.extend_from_slice(&id[..ID]);
+        self.records.extend_from_slice(&record);
     }
 
     pub(crate) fn clear(&mut self) {
         self.tree.clear();
         self.records.clear();
     }
+}
+
+/// By which record an entry is found: the beginning of its last one's id, zeros for none.
+pub(crate) fn record_id(entry: &Entry) -> [u8; ID] {
+    let mut out = [0; ID];
+    match (entry.posting.kind, entry.posting.legs.as_slice()) {
+        // A receipt's id begins in the gist, and an order's is the job's: both are there when the records are not.
+        (PostingKind::Settle, _) => out = receipt_of(&entry.gist).unwrap_or(out),
+        (PostingKind::Reserve, [.., (Account::Escrow(job), _)]) => out.copy_from_slice(&job.0.0[..ID]),
+        _ => {
+            let last = entry.posting.evidence.last().and_then(|bytes| describe(bytes));
+            if let Some((_, id, _)) = last {
+                out.copy_from_slice(&id.0[..ID]);
+            }
+        }
+    }
+    out
 }
 
 impl Derived {
@@ -96,8 +113,7 @@ impl Derived {
                     path: dir.to_owned(),
                     why: format!("entry {}: {e}", frontier.size()),
                 })?;
-                let last = entry.posting.evidence.last().map(Vec::as_slice);
-                added.push(&mut frontier, &crate::book::hash_of(bytes), last);
+                added.push(&mut frontier, &entry.hash(), record_id(&entry));
             }
             derived.write(from, &added)?;
             added.clear();

@@ -3,13 +3,15 @@
 //! Lines of JSON, each ended by one newline, each in exactly one way of writing it (no spaces, fields in this order):
 //!
 //! ```text
-//! {"format":"karez-ledger/2","scheduler":KEY,"created":MS,"signature":HEX}
-//! {"seq":0,"previous":HASH,"hash":HASH,"at":MS,"kind":"grant","legs":[[ACCOUNT,MICROCREDITS],…],"evidence":[BASE64,…]}
+//! {"format":"karez-ledger/3","scheduler":KEY,"created":MS,"signature":HEX}
+//! {"seq":0,"previous":HASH,"hash":HASH,"at":MS,"kind":"grant","legs":[[ACCOUNT,MICROCREDITS],…],"gist":HEX,"evidence":[BASE64,…]}
+//! {"seq":1, … ,"legs":[…],"gist":HEX,"dropped":HASH}
 //! …
 //! {"entries":N,"head":HASH,"balances":HASH,"checkpoint":NOTE,"lines":HASH,"signature":HEX}
 //! ```
 //!
-//! Hashes and keys are lower-case hex; evidence is standard base64 of record envelopes. `lines` is the BLAKE3 of every
+//! Hashes, gists and keys are lower-case hex; evidence is standard base64 of record envelopes. An entry whose records were
+//! dropped has their digest instead. `lines` is the BLAKE3 of every
 //! byte before the trailer; `checkpoint` is the signed tree head ([`crate::head`]). The signatures are the scheduler's (Ed25519), over the texts
 //! `KarezLedgerV1 header SCHEDULER CREATED` and
 //! `KarezLedgerV1 trailer SCHEDULER CREATED ENTRIES HEAD BALANCES ROOT LINES`, with the tree's root. Hashes of entries and balances are defined in
@@ -31,7 +33,7 @@ use serde::{Deserialize, Serialize};
 use std::io::Write;
 
 /// The first field of every export.
-pub const FORMAT: &str = "karez-ledger/2";
+pub const FORMAT: &str = "karez-ledger/3";
 /// The longest line, in bytes: base64 makes four of three.
 pub const LINE_BYTES_MAX: usize = ENTRY_BYTES_MAX / 3 * 4 + 64 * 1024;
 
@@ -85,14 +87,19 @@ impl Header {
 
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub(crate) struct Line {
+pub(crate) struct Line<'a> {
     pub(crate) seq: u64,
     pub(crate) previous: Digest,
     pub(crate) hash: Digest,
     pub(crate) at: UtcMillis,
     pub(crate) kind: PostingKind,
     pub(crate) legs: Vec<(Account, i64)>,
-    pub(crate) evidence: Vec<String>,
+    pub(crate) gist: &'a str,
+    /// Base64 and hex need no escapes, so they are read where they stand.
+    #[serde(borrow, default, skip_serializing_if = "Option::is_none")]
+    pub(crate) evidence: Option<Vec<&'a str>>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) dropped: Option<Digest>,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -201,14 +208,21 @@ impl<'a> Exporter<'a> {
         self.head = entry.hash();
         self.tree.push(entry_leaf(&self.head));
         let evidence = &entry.posting.evidence;
+        let evidence: Vec<String> = evidence.iter().map(|e| BASE64_STANDARD.encode(e)).collect();
+        let gist = hex::encode(&entry.gist);
         let line = Line {
             seq: entry.seq,
             previous: entry.previous,
             hash: self.head,
             at: entry.at,
             kind: entry.posting.kind,
-            evidence: evidence.iter().map(|e| BASE64_STANDARD.encode(e)).collect(),
             legs: entry.posting.legs,
+            gist: &gist,
+            evidence: match entry.dropped {
+                None => Some(evidence.iter().map(String::as_str).collect()),
+                Some(_) => None,
+            },
+            dropped: entry.dropped,
         };
         self.put(&line)
     }

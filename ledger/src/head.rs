@@ -231,7 +231,7 @@ impl Proof {
                 found: entry.seq,
             });
         }
-        let leaf = entry_leaf(&crate::book::hash_of(&self.entry));
+        let leaf = entry_leaf(&entry.hash());
         let Head { size, root, .. } = self.head;
         verify_inclusion(leaf, self.index, size, &self.path, root)?;
         Ok(entry)

@@ -3,7 +3,7 @@
 //! ```text
 //! dir/lock               held while a process has the directory open
 //! dir/journal-N          generation N: a snapshot of the tables, then every transaction since
-//! dir/entries            entries of generations before N: they stay for ever
+//! dir/entries            entries of generations before N: they stay for ever, but for records that were dropped
 //! dir/index/             the index
 //! dir/book               the book after some entry; derived
 //! dir/tree, dir/records  what proofs need; derived
@@ -94,7 +94,7 @@ fn generation_path(dir: &Path, generation: u64) -> PathBuf {
     dir.join(format!("journal-{generation:06}"))
 }
 
-fn archive_path(dir: &Path) -> PathBuf {
+pub(crate) fn archive_path(dir: &Path) -> PathBuf {
     dir.join("entries")
 }
 
@@ -170,8 +170,8 @@ fn generations(dir: &Path) -> Result<Vec<u64>, StoreError> {
         let item = item.map_err(|e| StoreError::io(dir, "list it", &e))?;
         let name = item.file_name();
         let Some(name) = name.to_str() else { continue };
-        if name.ends_with(".tmp") {
-            // The remains of a compaction that a crash interrupted.
+        if name.ends_with(".tmp") || name.ends_with(".fresh") {
+            // The remains of a compaction, or of records being dropped, that a crash interrupted.
             fs::remove_file(item.path()).map_err(|e| StoreError::io(&item.path(), "remove it", &e))?;
         } else if let Some(number) = name.strip_prefix("journal-").and_then(|n| n.parse().ok()) {
             found.push(number);
@@ -241,6 +241,19 @@ fn read_journal(
     let Some(base) = reader.base else {
         return damaged(&path, 0);
     };
+    // Hashing them all would cost more than reading them; that they follow each other is checked with the index.
+    let last_entry = reader
+        .changes
+        .iter()
+        .rev()
+        .flat_map(|change| change.steps.iter().rev());
+    let last_entry = last_entry.into_iter().find_map(|step| match step {
+        Step::Entry { bytes, .. } => Some(bytes),
+        _ => None,
+    });
+    let Some(head) = last_entry.map_or(Some(base.head), |bytes| hash_of(bytes)) else {
+        return damaged(&path, journal.bytes());
+    };
     if reader.rows < base.rows {
         // The snapshot was whole when it was named; what is missing now was lost later.
         return damaged(&path, journal.bytes());
@@ -266,7 +279,7 @@ fn read_journal(
         tables: reader.tables,
         number: reader.number,
         entries: reader.entries,
-        head: reader.head.unwrap_or(base.head),
+        head,
         changes: reader.changes,
     })))
 }
@@ -292,7 +305,6 @@ struct GenerationReader {
     changes: Vec<Change>,
     number: u64,
     entries: u64,
-    head: Option<Digest>,
     /// Where a frame with a good checksum makes no sense.
     bad: Option<u64>,
 }
@@ -323,12 +335,11 @@ impl GenerationReader {
             (Some(base), Payload::Steps(steps)) if number == self.number + 1 && self.rows == base.rows => {
                 for step in &steps {
                     self.tables.apply(step);
-                    if let Step::Entry { seq, bytes } = step {
+                    if let Step::Entry { seq, .. } = step {
                         if *seq != self.entries {
                             return None;
                         }
                         self.entries += 1;
-                        self.head = Some(hash_of(bytes));
                     }
                 }
                 self.number = number;
@@ -375,7 +386,7 @@ fn write_generation(dir: &Path, generation: u64, base: &Base, tables: &Tables) -
     })
 }
 
-fn write_by_rename(
+pub(crate) fn write_by_rename(
     dir: &Path,
     path: &Path,
     write: impl FnOnce(&mut BufWriter<File>) -> std::io::Result<()>,
@@ -398,7 +409,7 @@ fn write_by_rename(
     sync_dir(dir)
 }
 
-fn sync_dir(dir: &Path) -> Result<(), StoreError> {
+pub(crate) fn sync_dir(dir: &Path) -> Result<(), StoreError> {
     File::open(dir)
         .and_then(|d| d.sync_all())
         .map_err(|e| StoreError::io(dir, "sync it", &e))
@@ -626,7 +637,10 @@ fn holds(store: &dyn Store, book: &Book) -> Result<bool, StoreError> {
             if !bytes.starts_with(&head.0) {
                 return Ok(false);
             }
-            head = hash_of(bytes);
+            let Some(next) = hash_of(bytes) else {
+                return Ok(false);
+            };
+            head = next;
             seq += 1;
         }
     }

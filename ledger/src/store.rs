@@ -8,7 +8,7 @@ use crate::book::BookError;
 pub use crate::change::{Change, Step};
 use karez_core::key::SchedulerId;
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, HashMap},
     fs::File,
     io,
     path::{Path, PathBuf},
@@ -209,7 +209,11 @@ const LOCK_WAIT: Duration = Duration::from_secs(10);
 
 const APPLIED: &[u8] = b"m/applied";
 
-/// `e` and the number: entries lie in order.
+/// Entries of one batch lie together in values of about this size: a value of its own for each would cost sled five
+/// times as much.
+const PIECE_BYTES: usize = 8 << 10;
+
+/// `e` and the number of the first entry of a piece: entries lie in order.
 fn entry_key(seq: u64) -> [u8; 9] {
     let mut key = [b'e'; 9];
     key[1..].copy_from_slice(&seq.to_be_bytes());
@@ -271,15 +275,29 @@ impl SledStore {
 impl Store for SledStore {
     fn apply(&self, changes: &[Change]) -> Result<(), StoreError> {
         let mut batch = sled::Batch::default();
-        for change in changes {
-            for step in &change.steps {
-                match step {
-                    Step::Put { table, key, value } => batch.insert(row_key(table, key), value.as_slice()),
-                    Step::Delete { table, key } => batch.remove(row_key(table, key)),
-                    Step::Entry { seq, bytes } => batch.insert(&entry_key(*seq), bytes.as_slice()),
+        // Only the last word on a row counts.
+        let mut rows: HashMap<(&str, &[u8]), Option<&[u8]>> = HashMap::new();
+        let mut piece = Piece::default();
+        for step in changes.iter().flat_map(|change| &change.steps) {
+            match step {
+                Step::Put { table, key, value } => {
+                    rows.insert((table, key), Some(value));
                 }
+                Step::Delete { table, key } => {
+                    rows.insert((table, key), None);
+                }
+                Step::Entry { seq, bytes } => piece.add(&mut batch, *seq, bytes),
             }
-            batch.insert(APPLIED, &change.number.to_be_bytes());
+        }
+        piece.end(&mut batch);
+        for ((table, key), value) in rows {
+            match value {
+                Some(value) => batch.insert(row_key(table, key), value),
+                None => batch.remove(row_key(table, key)),
+            }
+        }
+        if let Some(last) = changes.last() {
+            batch.insert(APPLIED, &last.number.to_be_bytes());
         }
         self.db
             .apply_batch(batch)
@@ -320,13 +338,77 @@ impl Store for SledStore {
     }
 
     fn entries(&self, from: u64, count: usize) -> Result<Vec<Vec<u8>>, StoreError> {
-        self.db
-            .range(entry_key(from)..=entry_key(u64::MAX))
-            .take(count)
-            .map(|row| {
-                let (_, bytes) = row.map_err(|e| Self::fault(&self.path, &e))?;
-                Ok(bytes.to_vec())
-            })
-            .collect()
+        let fault = |e| Self::fault(&self.path, &e);
+        // The piece that holds it begins at or before it.
+        let before = self
+            .db
+            .range(entry_key(0)..=entry_key(from))
+            .next_back()
+            .transpose()
+            .map_err(fault)?;
+        let Some((start, _)) = before else {
+            return Ok(Vec::new());
+        };
+        let mut out = Vec::new();
+        for row in self.db.range(start..=sled::IVec::from(&entry_key(u64::MAX))) {
+            let (key, piece) = row.map_err(fault)?;
+            let bad = || self.bad("a piece of entries is not one");
+            let mut seq = key
+                .get(1..)
+                .and_then(|n| n.try_into().ok())
+                .map(u64::from_be_bytes)
+                .ok_or_else(bad)?;
+            let mut rest = piece.as_ref();
+            while let Some((len, after)) = rest.split_first_chunk::<4>() {
+                let len = u32::from_be_bytes(*len) as usize;
+                let (entry, after) = after.split_at_checked(len).ok_or_else(bad)?;
+                if seq >= from {
+                    if out.len() == count {
+                        return Ok(out);
+                    }
+                    // Numbers run on from piece to piece, or the index is not what it was.
+                    if seq != from + out.len() as u64 {
+                        return Err(self.bad("a piece of entries is missing"));
+                    }
+                    out.push(entry.to_vec());
+                }
+                rest = after;
+                seq += 1;
+            }
+            if !rest.is_empty() {
+                return Err(bad());
+            }
+        }
+        Ok(out)
+    }
+}
+
+/// Entries on their way into one value: each with its length before it.
+#[derive(Default)]
+struct Piece {
+    first: u64,
+    next: u64,
+    bytes: Vec<u8>,
+}
+
+impl Piece {
+    fn add(&mut self, batch: &mut sled::Batch, seq: u64, entry: &[u8]) {
+        if self.bytes.len() >= PIECE_BYTES || seq != self.next {
+            self.end(batch);
+        }
+        if self.bytes.is_empty() {
+            self.first = seq;
+        }
+        // Entries are capped far below 32 bits.
+        self.bytes.extend_from_slice(&(entry.len() as u32).to_be_bytes());
+        self.bytes.extend_from_slice(entry);
+        self.next = seq + 1;
+    }
+
+    fn end(&mut self, batch: &mut sled::Batch) {
+        if !self.bytes.is_empty() {
+            batch.insert(&entry_key(self.first), self.bytes.as_slice());
+            self.bytes.clear();
+        }
     }
 }

@@ -156,7 +156,9 @@ fn spliced_and_forged_entries_are_named() {
                 seq: forged.len() as u64,
                 previous,
                 at: AT,
+                gist: gist(&posting),
                 posting,
+                dropped: None,
             };
             previous = entry.hash();
             forged.push(entry);

@@ -142,6 +142,7 @@ fn every_forged_record_is_caught_though_the_scheduler_signs_the_file() {
         300
     };
     let postings = all_kinds(1);
+    let gists: Vec<Vec<u8>> = postings.iter().map(gist).collect();
     let mut caught = 0;
     for seed in 0..count {
         let mut rng = Rng(seed);
@@ -170,6 +171,8 @@ fn every_forged_record_is_caught_though_the_scheduler_signs_the_file() {
                 previous,
                 at: AT,
                 posting,
+                gist: gists[seq].clone(),
+                dropped: None,
             };
             previous = entry.hash();
             if let Some((name, limit)) = karez_ledger::report::limit(&entry.posting) {

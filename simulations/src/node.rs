@@ -492,6 +492,7 @@ impl World {
             tokens_cached: 0,
             items,
             bytes_out: Bytes(items * 40),
+            energy: None,
         };
         let epoch = self.nodes[n].epoch;
         let worker = Worker {
@@ -615,6 +616,7 @@ fn share(of: &WorkerMeters, part: u64, whole: u64) -> WorkerMeters {
         tokens_cached: 0,
         items: cut(of.items),
         bytes_out: Bytes(cut(of.bytes_out.0)),
+        energy: None,
     }
 }
 

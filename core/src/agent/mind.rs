@@ -1,6 +1,6 @@
 //! The agent itself: leases, readings, heartbeats, offers, and the owner's word.
 use super::upkeep::held;
-use super::{AgentConfig, Effect, Event, WorkerMeters};
+use super::{AgentConfig, Effect, EnergyMeter, Event, WorkerMeters};
 use crate::{
     artifact::ArtifactRef,
     exchange::{Held, Holder, Phase, ToNode},
@@ -29,7 +29,9 @@ pub(super) const ADVERTISE_GAP: Millis = Millis(100);
 /// How a guest that was called off is given time to leave.
 pub(super) const STOP_GRACE: Millis = Millis(2_000);
 /// How the meters were taken: device time by wall clock, the rest by the kernel's account of the worker.
-pub(super) const METHOD: &str = "wall+rusage/1";
+const METHOD: &str = "wall+rusage/1";
+const METHOD_RAPL: &str = "wall+rusage+rapl-share/1";
+const METHOD_NVML: &str = "wall+rusage+nvml/1";
 
 /// What the owner sees.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -138,6 +140,15 @@ impl Holding {
         }
     }
 
+    /// How the meters are read.
+    pub(super) fn method(&self) -> &'static str {
+        match self.live.worker.energy.map(|e| e.by) {
+            None => METHOD,
+            Some(EnergyMeter::Rapl) => METHOD_RAPL,
+            Some(EnergyMeter::Nvml) => METHOD_NVML,
+        }
+    }
+
     pub(super) fn meters(&self, now: MonoMillis) -> Meters {
         let w = &self.live.worker;
         let device_ms = self.device_ms(now);
@@ -156,7 +167,7 @@ impl Holding {
             items: w.items,
             bytes_in: self.live.bytes_in,
             bytes_out: w.bytes_out,
-            millijoules: None,
+            millijoules: w.energy.map(|e| e.millijoules),
         }
     }
 }

@@ -89,6 +89,26 @@ pub struct WorkerMeters {
     pub bytes_out: Bytes,
     /// Loss of the latest step in millionths of a nat; 0 when nothing is trained.
     pub loss_micro: u64,
+    /// Energy, where the machine can tell.
+    pub energy: Option<Energy>,
+}
+
+/// Energy a lease has used, and who says so.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Energy {
+    /// Since the worker began.
+    pub millijoules: u64,
+    /// The meter.
+    pub by: EnergyMeter,
+}
+
+/// What measures energy.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum EnergyMeter {
+    /// The lease's share of what all processors of the machine used, by its share of their time.
+    Rapl,
+    /// All that its GPUs used.
+    Nvml,
 }
 
 /// How a worker ended.

@@ -1,6 +1,6 @@
 //! What the owner says and what time brings: limits, readings, reports, offers.
 use super::mind::{
-    ADVERTISE_GAP, Agent, FENCE_KEPT, FENCES, Holding, METHOD, OWNER, READINGS, STOP_GRACE, Stage, fence_row,
+    ADVERTISE_GAP, Agent, FENCE_KEPT, FENCES, Holding, OWNER, READINGS, STOP_GRACE, Stage, fence_row,
     reading_row,
 };
 use super::{AgentConfig, Effect, OwnerCommand};
@@ -228,7 +228,7 @@ pub(super) fn sign_reading(
         sequence: u32::try_from(holding.readings.len()).unwrap_or(u32::MAX),
         previous: holding.readings.last().map(Verified::id),
         meters,
-        method: METHOD.into(),
+        method: holding.method().into(),
         taken_at: now.utc,
         mono: now.mono,
     };

@@ -146,23 +146,97 @@ pub struct ToCheck {
     pub signature: [u8; 64],
 }
 
-/// Reads an envelope of any type up to what its signature is about; `None` for bytes that are none.
+/// Reads an envelope of any type up to what its signature is about; `None` for bytes that are not an envelope written
+/// in the one right way.
 pub fn to_check(envelope: &[u8]) -> Option<ToCheck> {
-    let envelope = wire::Envelope::decode(envelope).ok()?;
-    let message = to_be_signed(&envelope.r#type, &envelope.payload);
+    let parts = Parts::read(envelope)?;
+    let message = to_be_signed(parts.kind, parts.payload);
     Some(ToCheck {
         id: Digest::of(&message),
-        signer: PublicKey(envelope.signer.as_slice().try_into().ok()?),
-        signature: envelope.signature.as_slice().try_into().ok()?,
+        signer: PublicKey(*parts.signer),
+        signature: *parts.signature,
         message,
     })
 }
 
+/// Are these bytes an envelope, written in the one right way? Protobuf allows others: fields in another order or twice,
+/// longer numbers, unknown fields.
+pub fn is_canonical(envelope: &[u8]) -> bool {
+    Parts::read(envelope).is_some()
+}
+
+/// The fields of an envelope where they stand: a ledger has millions, and copying them costs more than reading them.
+struct Parts<'a> {
+    kind: &'a str,
+    payload: &'a [u8],
+    signer: &'a [u8; 32],
+    signature: &'a [u8; 64],
+}
+
+impl<'a> Parts<'a> {
+    /// `None` for everything that is not just what [`Signed::encode`] writes.
+    fn read(envelope: &'a [u8]) -> Option<Self> {
+        let mut rest = envelope;
+        let kind = take(&mut rest, 1)?;
+        let payload = take(&mut rest, 2)?;
+        let signer = take(&mut rest, 3)?.try_into().ok()?;
+        let signature = take(&mut rest, 4)?.try_into().ok()?;
+        rest.is_empty().then_some(Self {
+            kind: core::str::from_utf8(kind).ok()?,
+            payload,
+            signer,
+            signature,
+        })
+    }
+}
+
+/// The field `number` of bytes that begin with it; an empty field is not written at all.
+fn take<'a>(rest: &mut &'a [u8], number: u8) -> Option<&'a [u8]> {
+    const LENGTH_DELIMITED: u8 = 2;
+    if rest.first() != Some(&(number << 3 | LENGTH_DELIMITED)) {
+        return Some(&[]);
+    }
+    let mut len = 0_usize;
+    // Four bytes of seven bits: more than any record may have.
+    for (i, byte) in rest.get(1..)?.iter().take(4).enumerate() {
+        len |= usize::from(byte & 0x7f) << (7 * i);
+        if byte & 0x80 != 0 {
+            continue;
+        }
+        let padded = *byte == 0;
+        let (field, after) = rest.get(2 + i..)?.split_at_checked(len)?;
+        *rest = after;
+        // That is also a length of zero.
+        return (!padded).then_some(field);
+    }
+    None
+}
+
 /// DSSE-style pre-authentication encoding: lengths make the split between type and payload unambiguous.
 fn to_be_signed(kind: &str, payload: &[u8]) -> Vec<u8> {
-    let mut out = format!("KarezV1 {} {kind} {} ", kind.len(), payload.len()).into_bytes();
+    let mut out = Vec::with_capacity(48 + kind.len() + payload.len());
+    out.extend_from_slice(b"KarezV1 ");
+    decimal(&mut out, kind.len());
+    out.extend_from_slice(kind.as_bytes());
+    out.push(b' ');
+    decimal(&mut out, payload.len());
     out.extend_from_slice(payload);
     out
+}
+
+/// A number and a space.
+fn decimal(out: &mut Vec<u8>, mut n: usize) {
+    let mut digits = [b' '; 21];
+    let mut at = 20;
+    loop {
+        at -= 1;
+        digits[at] = b'0' + (n % 10) as u8;
+        n /= 10;
+        if n == 0 {
+            break;
+        }
+    }
+    out.extend_from_slice(&digits[at..]);
 }
 
 fn record_id(kind: &str, payload: &[u8]) -> RecordId {
@@ -201,6 +275,18 @@ impl<T: Record> Signed<T> {
                 max,
             });
         }
+        if let Some(parts) = Parts::read(bytes).filter(|parts| parts.kind == T::TYPE)
+            && parts.payload.len() <= T::BYTES_MAX
+        {
+            return Ok(Self {
+                payload: parts.payload.to_vec(),
+                signer: PublicKey(*parts.signer),
+                signature: *parts.signature,
+                record: PhantomData,
+            });
+        }
+        // Anything else is read with patience, to say what is wrong; other spellings of a record are fine outside the
+        // ledger.
         let malformed = |why: String| RecordError::Malformed { record: T::TYPE, why };
         let envelope = wire::Envelope::decode(bytes).map_err(|e| malformed(e.to_string()))?;
         if envelope.r#type != T::TYPE {
@@ -302,6 +388,10 @@ impl<T: Record> Verified<T> {
 
 /// The type, id and signer an encoded envelope claims, for listings; nothing is verified.
 pub fn describe(envelope: &[u8]) -> Option<(String, RecordId, PublicKey)> {
+    if let Some(parts) = Parts::read(envelope) {
+        let id = record_id(parts.kind, parts.payload);
+        return Some((parts.kind.to_owned(), id, PublicKey(*parts.signer)));
+    }
     let envelope = wire::Envelope::decode(envelope).ok()?;
     let signer = PublicKey(envelope.signer.as_slice().try_into().ok()?);
     let id = record_id(&envelope.r#type, &envelope.payload);

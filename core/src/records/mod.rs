@@ -19,7 +19,7 @@ mod wire;
 
 pub use delegation::Delegation;
 pub use envelope::{
-    Record, RecordError, SignatureCheck, Signed, Strict, ToCheck, Verified, describe, to_check,
+    Record, RecordError, SignatureCheck, Signed, Strict, ToCheck, Verified, describe, is_canonical, to_check,
 };
 pub use funding::{Beneficiary, CreditLimit, Grant, Payment, RateCard};
 pub use lease::Lease;

@@ -40,6 +40,12 @@ pub enum EvidenceError {
         /// Which rule.
         rule: Box<Rule>,
     },
+    /// What is left of dropped records breaks a rule.
+    #[error("what is left of its dropped records: {rule}")]
+    Gist {
+        /// Which rule.
+        rule: Box<Rule>,
+    },
     /// The job's money does not allow it.
     #[error("job {job}: {rule}")]
     Job {
@@ -203,6 +209,12 @@ pub enum Rule {
         /// Which part.
         part: u32,
     },
+    /// The gist does not have the form of its kind, or speaks of other accounts than the legs.
+    #[error("they do not fit the legs")]
+    GistUnreadable,
+    /// Records that were dropped may not be settled or answered again.
+    #[error("they were settled or answered before")]
+    Repeated,
     /// The posting draws on a grant that was never posted.
     #[error("grant {grant} is not in this ledger")]
     NoGrant {

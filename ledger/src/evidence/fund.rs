@@ -7,7 +7,7 @@ use super::{
     received, shape, two_legs,
 };
 use karez_core::{
-    id::JobId,
+    id::{JobId, RecordId},
     key::{SchedulerId, UserId},
     money::{Account, Posting, PostingKind},
     records::{CreditLimit, Delegation, Grant, Invitation, Order, Payment, RateCard, Role, SignatureCheck},
@@ -106,37 +106,62 @@ fn delegate(
     })
 }
 
-pub(super) fn reserve(posting: &Posting, scheduler: SchedulerId, by: &dyn SignatureCheck) -> Claimed {
-    let wrong = || shape(PostingKind::Reserve);
-    let [bytes] = posting.evidence.as_slice() else {
-        return Err(wrong());
+/// What the legs of a reservation say.
+pub(super) struct ReserveLegs {
+    pub(super) job: JobId,
+    /// If it pays anything itself.
+    pub(super) user: Option<UserId>,
+    pub(super) from_user: Credits,
+    pub(super) from_grant: Option<(RecordId, Credits)>,
+}
+
+pub(super) fn reserve_legs(posting: &Posting) -> Option<ReserveLegs> {
+    let ((Account::Escrow(job), receives), from) = posting.legs.split_last()? else {
+        return None;
     };
-    let (from, (escrow, receives)) = match posting.legs.split_last() {
-        Some(((Account::Escrow(job), receives), from)) => (from, (*job, received(*receives))),
-        _ => return Err(wrong()),
-    };
-    let amount = receives.ok_or_else(wrong)?;
+    received(*receives)?;
     let (grant, user) = match from {
         [(Account::User(user), leg)] => (None, Some((user, leg))),
         [(Account::Grant(id), leg)] => (Some((id, leg)), None),
         [(Account::Grant(id), first), (Account::User(user), second)] => {
             (Some((id, first)), Some((user, second)))
         }
-        _ => return Err(wrong()),
+        _ => return None,
     };
     let from_grant = match grant {
-        Some((id, leg)) => Some((*id, given(*leg).ok_or_else(wrong)?)),
+        Some((id, leg)) => Some((*id, given(*leg)?)),
         None => None,
     };
     let from_user = match user {
-        Some((_, leg)) => given(*leg).ok_or_else(wrong)?,
+        Some((_, leg)) => given(*leg)?,
         None => Credits::ZERO,
     };
+    Some(ReserveLegs {
+        job: *job,
+        user: user.map(|(user, _)| *user),
+        from_user,
+        from_grant,
+    })
+}
+
+pub(super) fn reserve(posting: &Posting, scheduler: SchedulerId, by: &dyn SignatureCheck) -> Claimed {
+    let wrong = || shape(PostingKind::Reserve);
+    let [bytes] = posting.evidence.as_slice() else {
+        return Err(wrong());
+    };
+    let ReserveLegs {
+        job: escrow,
+        user,
+        from_user,
+        from_grant,
+    } = reserve_legs(posting).ok_or_else(wrong)?;
+    let amount = posting.legs.last().and_then(|(_, leg)| received(*leg));
+    let amount = amount.ok_or_else(wrong)?;
     let order: Paper<Order> = Paper::open(by, 0, bytes)?;
     order.same("scheduler", order.scheduler, "the ledger", scheduler)?;
     order.account(&Account::Escrow(escrow), Account::Escrow(JobId(order.id())))?;
-    if let Some((user, _)) = user {
-        order.account(&Account::User(*user), Account::User(order.user))?;
+    if let Some(user) = user {
+        order.account(&Account::User(user), Account::User(order.user))?;
     }
     if amount > order.credits_max {
         let says = order.credits_max;
@@ -145,8 +170,7 @@ pub(super) fn reserve(posting: &Posting, scheduler: SchedulerId, by: &dyn Signat
     Ok(Claim::Reserve(Reserved {
         job: escrow,
         user: order.user,
-        institution: order.institution.clone(),
-        work: order.work.kind(),
+        scope: Some((order.institution.clone(), order.work.kind())),
         from_user,
         from_grant,
     }))

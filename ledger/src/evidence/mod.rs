@@ -24,16 +24,20 @@
 //! than it reserved) is checked by the book in the order of its entries.
 mod error;
 mod fund;
+mod gist;
 mod paper;
 mod settle;
 mod trail;
 mod verdict;
 
 pub use error::{EvidenceError, RecordName, Rule};
+pub(crate) use gist::{GIST_MAX, is_droppable, receipt_of, remains};
+use trail::Mark;
 pub(crate) use trail::{Change, Job, Trail};
 
+use crate::book::{Entry, evidence_digest};
 use karez_core::{
-    id::{Institution, JobId, LeaseKey, RecordId},
+    id::{Digest, Institution, JobId, LeaseKey, RecordId},
     key::{KeyError, PublicKey, SchedulerId, UserId},
     money::{Account, Posting, PostingKind},
     records::{Grant, SignatureCheck, Strict, WorkKind},
@@ -46,6 +50,9 @@ pub struct Examined {
     scheduler: SchedulerId,
     posting: Posting,
     claim: Claim,
+    gist: Vec<u8>,
+    evidence: Digest,
+    dropped: bool,
 }
 
 impl Examined {
@@ -60,8 +67,24 @@ impl Examined {
     pub(crate) fn claim(&self) -> &Claim {
         &self.claim
     }
-    pub(crate) fn into_posting(self) -> Posting {
-        self.posting
+    /// What stays of the records when they are dropped.
+    pub fn gist(&self) -> &[u8] {
+        &self.gist
+    }
+    /// The digest of the records.
+    pub(crate) fn evidence(&self) -> Digest {
+        self.evidence
+    }
+    /// The entry it makes.
+    pub(crate) fn into_entry(self, seq: u64, previous: Digest, at: UtcMillis) -> Entry {
+        Entry {
+            seq,
+            previous,
+            at,
+            posting: self.posting,
+            gist: self.gist,
+            dropped: self.dropped.then_some(self.evidence),
+        }
     }
 }
 
@@ -106,6 +129,8 @@ pub(crate) enum Claim {
         issued_at: UtcMillis,
     },
     Payment(RecordId),
+    /// An acceptance whose records were dropped.
+    Answered(Mark),
 }
 
 #[derive(Debug, Clone)]
@@ -119,21 +144,36 @@ pub(crate) struct Redeem {
 pub(crate) struct Reserved {
     job: JobId,
     user: UserId,
-    institution: Institution,
-    work: WorkKind,
+    /// What a grant may be for; `None` once the order was dropped.
+    scope: Option<(Institution, WorkKind)>,
     from_user: Credits,
     from_grant: Option<(RecordId, Credits)>,
 }
 
 #[derive(Debug, Clone)]
 pub(crate) struct Settled {
-    key: LeaseKey,
-    done: bool,
-    receipt: RecordId,
-    receipt_at: usize,
+    job: JobId,
+    /// By which a second settlement of the lease is known.
+    lease: Mark,
+    /// The beginning of the receipt's id.
+    receipt: Mark,
+    /// By which a second one of the part is known; `None` when it was not done.
+    part: Option<Mark>,
+    /// What to name in errors; `None` once the records were dropped.
+    origin: Option<Origin>,
     pub(crate) credits: Credits,
     pub(crate) billed: DeviceMillis,
     pub(crate) institution: Institution,
+    user_institution: Institution,
+    device_class: String,
+}
+
+/// The records behind a settlement.
+#[derive(Debug, Clone)]
+pub(crate) struct Origin {
+    key: LeaseKey,
+    receipt: RecordId,
+    receipt_at: usize,
 }
 
 /// An acceptance or a dispute.
@@ -194,20 +234,50 @@ pub fn examine_by(
     };
     Ok(Examined {
         scheduler,
+        gist: gist::of(&claim),
+        evidence: evidence_digest(&posting.evidence),
         posting,
         claim,
+        dropped: false,
     })
 }
 
-/// Reads the claim of a posting that was examined before it was stored: no signature is checked.
-pub(crate) fn recall(posting: Posting, scheduler: SchedulerId) -> Result<Examined, EvidenceError> {
+/// What is left of a posting whose records were dropped: legs, gist, and the digest of what is gone. Nobody can check
+/// their signatures any more; everything else still is.
+pub(crate) fn examine_dropped(
+    posting: Posting,
+    scheduler: SchedulerId,
+    gist: &[u8],
+    evidence: Digest,
+) -> Result<Examined, EvidenceError> {
+    if !is_droppable(posting.kind) || !posting.evidence.is_empty() {
+        return Err(shape(posting.kind));
+    }
+    let claim = gist::read(&posting, gist).ok_or(EvidenceError::Gist {
+        rule: Box::new(Rule::GistUnreadable),
+    })?;
+    Ok(Examined {
+        scheduler,
+        posting,
+        claim,
+        gist: gist.to_vec(),
+        evidence,
+        dropped: true,
+    })
+}
+
+/// Reads the claim of an entry that was examined before it was stored: no signature is checked.
+pub(crate) fn recall(entry: &Entry, scheduler: SchedulerId) -> Result<Examined, EvidenceError> {
     struct Before;
     impl SignatureCheck for Before {
         fn check(&self, _: &RecordId, _: &PublicKey, _: &[u8], _: &[u8; 64]) -> Result<(), KeyError> {
             Ok(())
         }
     }
-    examine_by(posting, scheduler, &Before)
+    match entry.dropped {
+        None => examine_by(entry.posting.clone(), scheduler, &Before),
+        Some(digest) => examine_dropped(entry.posting.clone(), scheduler, &entry.gist, digest),
+    }
 }
 
 /// The wrong legs or evidence for its kind.

@@ -2,7 +2,7 @@
 use super::error::{EvidenceError, RecordName, Rule};
 use karez_core::{
     money::Account,
-    records::{Record, SignatureCheck, Signed, Verified, describe},
+    records::{Record, SignatureCheck, Signed, Verified, describe, is_canonical},
 };
 
 /// A verified record and its place in the evidence.
@@ -27,7 +27,7 @@ impl<T: Record> Paper<T> {
             error: Box::new(error),
         })?;
         let paper = Self { index, record };
-        if paper.encode() != bytes {
+        if !is_canonical(bytes) {
             return paper.breaks(Rule::Canonical);
         }
         Ok(paper)

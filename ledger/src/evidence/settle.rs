@@ -1,9 +1,9 @@
 //! What a settlement must prove: the whole trail of one lease, from the order to the receipt.
 use super::{
-    Settled,
+    Origin, Settled,
     error::{EvidenceError, Rule},
     paper::Paper,
-    shape, two_legs,
+    shape, trail, two_legs,
 };
 use karez_core::{
     id::JobId,
@@ -77,14 +77,22 @@ pub(super) fn examine(
         let says = receipt.credits;
         return receipt.breaks(Rule::Amount { moved, says });
     }
+    let key = lease.key();
     Ok(Settled {
-        key: lease.key(),
-        done: usage.outcome == Outcome::Done,
-        receipt: receipt.id(),
-        receipt_at: receipt.index,
+        job: key.job,
+        lease: trail::lease_mark(&key),
+        receipt: trail::beginning(&receipt.id()),
+        part: (usage.outcome == Outcome::Done).then(|| trail::part_mark(&key)),
+        origin: Some(Origin {
+            key,
+            receipt: receipt.id(),
+            receipt_at: receipt.index,
+        }),
         credits: receipt.credits,
         billed: receipt.billed,
         institution: lease.institution.clone(),
+        user_institution: receipt.user_institution.clone(),
+        device_class: lease.device_class.clone(),
     })
 }
 

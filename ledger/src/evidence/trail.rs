@@ -15,7 +15,8 @@ use karez_core::{
 use std::collections::{HashMap, HashSet};
 
 /// 16 bytes of a BLAKE3 hash: enough to tell honest leases apart, and who crafts a collision only bars his own.
-pub(super) type Mark = [u8; 16];
+pub(crate) type Mark = [u8; MARK];
+pub(super) const MARK: usize = 16;
 
 fn mark(parts: &[&[u8]]) -> Mark {
     let mut hasher = blake3::Hasher::new_derive_key("karez-ledger/1 mark");
@@ -27,7 +28,7 @@ fn mark(parts: &[&[u8]]) -> Mark {
     out
 }
 
-fn lease_mark(key: &LeaseKey) -> Mark {
+pub(super) fn lease_mark(key: &LeaseKey) -> Mark {
     mark(&[
         b"lease",
         &key.job.0.0,
@@ -36,7 +37,7 @@ fn lease_mark(key: &LeaseKey) -> Mark {
     ])
 }
 
-fn part_mark(key: &LeaseKey) -> Mark {
+pub(super) fn part_mark(key: &LeaseKey) -> Mark {
     mark(&[b"part", &key.job.0.0, &key.part.to_be_bytes()])
 }
 
@@ -48,7 +49,7 @@ fn released_mark(job: &JobId) -> Mark {
     mark(&[b"released", &job.0.0])
 }
 
-fn answered_mark(receipt: &RecordId) -> Mark {
+pub(super) fn answered_mark(receipt: &RecordId) -> Mark {
     mark(&[b"answered", &receipt.0])
 }
 
@@ -60,10 +61,17 @@ fn payment_mark(payment: &RecordId) -> Mark {
     mark(&[b"payment", &payment.0])
 }
 
+/// Sixteen bytes of a receipt's id, as a gist has them.
+pub(super) fn beginning(receipt: &RecordId) -> Mark {
+    let mut out = [0; MARK];
+    out.copy_from_slice(&receipt.0[..MARK]);
+    out
+}
+
 /// Eight bytes of a receipt's id: beside its lease they tell whether just this receipt was settled.
-fn tag(receipt: &RecordId) -> [u8; 8] {
+fn tag(receipt: &[u8]) -> [u8; 8] {
     let mut out = [0; 8];
-    out.copy_from_slice(&receipt.0[..8]);
+    out.copy_from_slice(&receipt[..8]);
     out
 }
 
@@ -195,6 +203,10 @@ impl Trail {
                     issued_before,
                 })
             }
+            Claim::Answered(mark) if self.marks.contains(mark) => Err(EvidenceError::Gist {
+                rule: Box::new(Rule::Repeated),
+            }),
+            Claim::Answered(mark) => Ok(Change::Mark(*mark)),
             Claim::Payment(id) => {
                 let mark = payment_mark(id);
                 if self.marks.contains(&mark) {
@@ -221,10 +233,11 @@ impl Trail {
             return no(Rule::Reserved);
         }
         if let Some((id, _)) = reserved.from_grant {
+            let scope = reserved.scope.as_ref();
             let Some(grant) = self.grants.get(&id) else {
                 return no(Rule::NoGrant { grant: id });
             };
-            if !grant.covers(reserved.user, &reserved.institution, reserved.work) {
+            if scope.is_some_and(|(of, work)| !grant.covers(reserved.user, of, *work)) {
                 return no(Rule::OutOfScope { grant: id });
             }
             if at >= grant.expires_at {
@@ -248,20 +261,25 @@ impl Trail {
     }
 
     fn check_settle(&self, settled: &Settled) -> Checked {
-        let no = |rule| breaks::<Receipt>(settled.receipt_at, settled.receipt, rule);
-        let key = settled.key;
-        let lease = lease_mark(&key);
+        let origin = settled.origin.as_ref();
+        let no = |rule| match origin {
+            Some(origin) => breaks::<Receipt>(origin.receipt_at, origin.receipt, rule),
+            None => {
+                let rule = Box::new(rule);
+                Err(EvidenceError::Gist { rule })
+            }
+        };
+        let (job, lease, part) = (settled.job, settled.lease, settled.part);
         if self.leases.contains_key(&lease) {
-            return no(Rule::SettledTwice { key });
+            return no(origin.map_or(Rule::Repeated, |o| Rule::SettledTwice { key: o.key }));
         }
-        let part = settled.done.then(|| part_mark(&key));
         if part.is_some_and(|part| self.marks.contains(&part)) {
-            return no(Rule::DoneTwice { part: key.part });
+            return no(origin.map_or(Rule::Repeated, |o| Rule::DoneTwice { part: o.key.part }));
         }
         // A job that never reserved, or is over, may still receive what is donated.
         let (reserved, before) = self
             .jobs
-            .get(&key.job)
+            .get(&job)
             .map_or((0, 0), |job| (job.reserved, job.settled));
         let after = before.saturating_add(settled.credits.0);
         if after > reserved {
@@ -271,14 +289,14 @@ impl Trail {
             });
         }
         Ok(Change::Settle {
-            job: key.job,
+            job,
             credits: settled.credits.0,
             lease,
             receipt: tag(&settled.receipt),
             part,
             spent: self
                 .jobs
-                .get(&key.job)
+                .get(&job)
                 .filter(|job| after == job.reserved && after > 0)
                 .cloned(),
         })
@@ -348,7 +366,7 @@ impl Trail {
                 rule: Box::new(rule),
             })
         };
-        if self.leases.get(&lease_mark(&answer.key)) != Some(&tag(&answer.receipt)) {
+        if self.leases.get(&lease_mark(&answer.key)) != Some(&tag(&answer.receipt.0)) {
             return no(Rule::NotSettled);
         }
         let mark = answered_mark(&answer.receipt);

@@ -6,7 +6,8 @@ use super::{
 use crate::book::Entry;
 use karez_core::{
     id::Institution,
-    records::{Outcome, RateCard, Signed},
+    money::PostingKind,
+    records::{Outcome, RateCard, Signed, Verified},
     unit::{Credits, UtcMillis},
 };
 use serde_json::json;
@@ -74,6 +75,7 @@ pub struct Writer<'a> {
     /// What the last record's kind was: APEL groups records of one kind in one message.
     open: Option<&'static str>,
     records: u64,
+    dropped: u64,
 }
 
 impl<'a> Writer<'a> {
@@ -104,17 +106,19 @@ impl<'a> Writer<'a> {
             card: None,
             open: None,
             records: 0,
+            dropped: 0,
         })
     }
 
     /// Takes the next entry, which was verified.
     pub fn take(&mut self, entry: &Entry) -> io::Result<()> {
-        let evidence = &entry.posting.evidence;
-        if let Some(card) = evidence
-            .last()
-            .and_then(|bytes| Signed::<RateCard>::open(bytes).ok())
-        {
-            self.card = Some(card.into_inner());
+        if entry.posting.kind == PostingKind::Rates {
+            let card = entry.posting.evidence.last();
+            let card = card.and_then(|bytes| Signed::<RateCard>::open(bytes).ok());
+            self.card = card.map(Verified::into_inner);
+        }
+        if entry.posting.kind == PostingKind::Settle && entry.dropped.is_some() {
+            self.dropped += u64::from(self.month.is_none_or(|month| month.contains(entry.at)));
         }
         let Some(settled) = Settlement::read(&entry.posting) else {
             return Ok(());
@@ -161,6 +165,11 @@ impl<'a> Writer<'a> {
             writeln!(self.out, "{text}%%")?;
         }
         Ok(())
+    }
+
+    /// Settlements of the period whose records were dropped: they are in no form any more.
+    pub fn dropped(&self) -> u64 {
+        self.dropped
     }
 
     /// Writes what ends the file; gives the number of records.

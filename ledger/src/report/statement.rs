@@ -1,11 +1,11 @@
 //! One institution's month: what it lent and used, with whom, what was disputed, granted and paid, and where it stands.
 use super::{
     netting::{Age, Netting},
-    settlement::Settlement,
     time::{Month, rfc3339},
 };
 use crate::{
     book::Entry,
+    evidence::remains,
     note::{Note, NoteError},
 };
 use karez_core::{
@@ -158,26 +158,26 @@ impl StatementBuilder {
     }
 
     fn settle(&mut self, entry: &Entry, within: bool) {
-        let Some(settled) = Settlement::read(&entry.posting) else {
+        // The gist has all that sums need, whether the records are still there or not.
+        let Some(settled) = remains(&entry.posting, &entry.gist) else {
             return;
         };
-        let receipt = &settled.receipt;
-        let (user, provider) = (&receipt.user_institution, &receipt.node_institution);
-        self.netting.used(entry.at, user, provider, receipt.credits.0);
+        let (user, provider) = (&settled.user_institution, &settled.institution);
+        self.netting.used(entry.at, user, provider, settled.credits.0);
         if !within {
             return;
         }
         let rate = self
             .card
             .as_ref()
-            .and_then(|card| card.rate(&settled.lease.device_class));
+            .and_then(|card| card.rate(&settled.device_class));
         let standard = rate
-            .and_then(|rate| rate.bill(receipt.billed))
+            .and_then(|rate| rate.bill(settled.billed))
             .unwrap_or(Credits::ZERO);
         for flow in self.flows(user, provider) {
             flow.receipts += 1;
-            flow.billed = flow.billed.saturating_add(receipt.billed);
-            flow.credits = flow.credits.saturating_add(receipt.credits);
+            flow.billed = flow.billed.saturating_add(settled.billed);
+            flow.credits = flow.credits.saturating_add(settled.credits);
             flow.standard = flow.standard.saturating_add(standard);
         }
     }

@@ -29,6 +29,7 @@ pub(super) struct Audit<'a> {
     /// The last line that was good.
     pub(super) line: u64,
     records: u64,
+    dropped: u64,
     moved: [Credits; PostingKind::ALL.len()],
     institutions: BTreeMap<Institution, Earned>,
 }
@@ -44,6 +45,7 @@ impl<'a> Audit<'a> {
             book: Book::new(header.scheduler),
             line: 1,
             records: 0,
+            dropped: 0,
             moved: [Credits::ZERO; PostingKind::ALL.len()],
             institutions: BTreeMap::new(),
         }
@@ -122,6 +124,12 @@ impl<'a> Audit<'a> {
     ) -> Result<(), FaultKind> {
         self.book.follows(checked.seq, checked.previous)?;
         let examined = checked.examined.map_err(FaultKind::Evidence)?;
+        if examined.gist() != checked.gist {
+            return Err(FaultKind::Gist);
+        }
+        if checked.dropped && self.options.whole {
+            return Err(FaultKind::Dropped);
+        }
         let kind = examined.posting().kind;
         let given: u64 = examined
             .posting()
@@ -140,18 +148,14 @@ impl<'a> Audit<'a> {
         let moved = &mut self.moved[usize::from(crate::book::kind_byte(kind))];
         *moved = moved.saturating_add(Credits(given));
         self.records += checked.records;
+        self.dropped += u64::from(checked.dropped);
         if let Some(settled) = settled {
             let earned = self.institutions.entry(settled.institution).or_default();
             earned.receipts += 1;
             earned.billed = earned.billed.saturating_add(settled.billed);
             earned.credits = earned.credits.saturating_add(settled.credits);
         }
-        each(&Entry {
-            seq: checked.seq,
-            previous: checked.previous,
-            at: checked.at,
-            posting: examined.into_posting(),
-        })?;
+        each(&examined.into_entry(checked.seq, checked.previous, checked.at))?;
         Ok(())
     }
 
@@ -222,6 +226,7 @@ impl<'a> Audit<'a> {
             heads: self.heads,
             disputes_open: self.book.disputes_open(),
             records: self.records,
+            dropped: self.dropped,
             granted,
             reserved,
             settled,

@@ -2,8 +2,8 @@
 use super::{VerifyOptions, fault::FaultKind, lines::parse};
 use crate::{
     batch::Checker,
-    book::{BookError, ENTRY_BYTES_MAX, Entry, hash_of},
-    evidence::{EvidenceError, Examined, examine_by},
+    book::{BookError, ENTRY_BYTES_MAX, Entry},
+    evidence::{EvidenceError, Examined, GIST_MAX, examine_by, examine_dropped},
     export::{FORMAT, Header, Line},
 };
 use base64::{Engine, prelude::BASE64_STANDARD};
@@ -51,6 +51,9 @@ pub(super) struct Checked {
     pub(super) at: UtcMillis,
     pub(super) records: u64,
     pub(super) examined: Result<Examined, EvidenceError>,
+    /// As the line says.
+    pub(super) gist: Vec<u8>,
+    pub(super) dropped: bool,
 }
 
 struct Read {
@@ -60,13 +63,28 @@ struct Read {
 }
 
 fn read(line: &[u8]) -> Result<Read, FaultKind> {
-    let line: Line = parse(line, "an entry")?;
-    let mut evidence = Vec::with_capacity(line.evidence.len());
-    for (i, text) in line.evidence.iter().enumerate() {
-        evidence.push(BASE64_STANDARD.decode(text).map_err(|e| FaultKind::Unreadable {
-            expected: "base64",
-            why: format!("evidence {i}: {e}"),
-        })?);
+    let line: Line<'_> = parse(line, "an entry")?;
+    let bad = |expected, why| FaultKind::Unreadable { expected, why };
+    if line.evidence.is_some() == line.dropped.is_some() {
+        let why = "it needs its records or, when they were dropped, their digest".into();
+        return Err(bad("an entry", why));
+    }
+    let texts = line.evidence.unwrap_or_default();
+    let mut evidence = Vec::with_capacity(texts.len());
+    for (i, text) in texts.iter().enumerate() {
+        let decoded = BASE64_STANDARD.decode(text);
+        evidence.push(decoded.map_err(|e| bad("base64", format!("evidence {i}: {e}")))?);
+    }
+    let gist = hex::decode(line.gist).map_err(|e| bad("hex", format!("the gist: {e}")))?;
+    // The one spelling of hex is the lower-case one.
+    if line.gist.bytes().any(|b| b.is_ascii_uppercase()) {
+        return Err(FaultKind::NotCanonical);
+    }
+    if gist.len() > GIST_MAX {
+        return Err(bad(
+            "a gist",
+            format!("it has {} bytes, the limit is {GIST_MAX}", gist.len()),
+        ));
     }
     let entry = Entry {
         seq: line.seq,
@@ -77,15 +95,17 @@ fn read(line: &[u8]) -> Result<Read, FaultKind> {
             legs: line.legs,
             evidence,
         },
+        gist,
+        dropped: line.dropped,
     };
-    let bytes = entry.encode();
-    if bytes.len() > ENTRY_BYTES_MAX {
-        return Err(BookError::TooLarge { bytes: bytes.len() }.into());
+    let bytes = entry.encoded_len();
+    if bytes > ENTRY_BYTES_MAX {
+        return Err(BookError::TooLarge { bytes }.into());
     }
     Ok(Read {
-        entry,
         hash: line.hash,
-        expected: hash_of(&bytes),
+        expected: entry.hash(),
+        entry,
     })
 }
 
@@ -105,6 +125,8 @@ pub(super) fn check_lines(
             previous,
             at,
             posting,
+            gist,
+            dropped,
         } = read.entry;
         Checked {
             seq,
@@ -113,7 +135,12 @@ pub(super) fn check_lines(
             expected: read.expected,
             at,
             records: posting.evidence.len() as u64,
-            examined: examine_by(posting, scheduler, checker),
+            examined: match dropped {
+                None => examine_by(posting, scheduler, checker),
+                Some(digest) => examine_dropped(posting, scheduler, &gist, digest),
+            },
+            gist,
+            dropped: dropped.is_some(),
         }
     };
     read.into_iter().map(|line| line.map(examined)).collect()

@@ -66,6 +66,12 @@ pub enum FaultKind {
     /// A record does not prove what the entry claims.
     #[error(transparent)]
     Evidence(EvidenceError),
+    /// What is to stay of the records is not what they give.
+    #[error("its gist is not what its records give")]
+    Gist,
+    /// Its records were dropped, and all were asked for.
+    #[error("its records were dropped: nobody can check their signatures any more")]
+    Dropped,
     /// The content is not what was hashed.
     #[error("its hash is {found}, its content hashes to {expected}")]
     Hash {

@@ -1,7 +1,7 @@
 //! Reading an export line by line, with a bound on each.
 use super::fault::FaultKind;
 use crate::export::{LINE_BYTES_MAX, to_line};
-use serde::{Serialize, de::DeserializeOwned};
+use serde::{Deserialize, Serialize};
 use std::io::{BufRead, Read};
 
 /// Lines checked together, and bytes of them.
@@ -9,8 +9,8 @@ const BATCH_LINES: usize = 768;
 const BATCH_BYTES: usize = 8 << 20;
 
 /// Reads one line's content and makes sure that it is written the one right way.
-pub(super) fn parse<T: Serialize + DeserializeOwned>(
-    line: &[u8],
+pub(super) fn parse<'a, T: Serialize + Deserialize<'a>>(
+    line: &'a [u8],
     expected: &'static str,
 ) -> Result<T, FaultKind> {
     let unreadable = |e: serde_json::Error| FaultKind::Unreadable {

@@ -40,6 +40,8 @@ pub struct VerifyOptions {
     pub keys: Option<BTreeSet<SchedulerId>>,
     /// Heads that were published, by size. Those of other schedulers are passed over.
     pub heads: BTreeMap<u64, Vec<Head>>,
+    /// All records must be there: an entry whose records were dropped is a fault.
+    pub whole: bool,
 }
 
 impl VerifyOptions {
@@ -85,6 +87,9 @@ pub struct Summary {
     pub disputes_open: usize,
     /// Signed records checked.
     pub records: u64,
+    /// Entries whose records were dropped: chain, tree, balances and what the rules remember of them were checked, the
+    /// records' signatures could not be.
+    pub dropped: u64,
     /// Credits granted by the federation.
     pub granted: Credits,
     /// Credits set aside for jobs.

@@ -10,14 +10,21 @@ use std::{
     path::{Path, PathBuf},
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc},
     thread::{self, JoinHandle},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
-/// It is synced when this much was applied since, or when nothing happens for a moment.
-const UNSYNCED_MAX: usize = 8 << 20;
+/// It is synced when this much was applied since, or when nothing happens for a moment. What it lacks after a crash
+/// comes from the journal, so this bounds how long the next start takes, and nothing else.
+const UNSYNCED_MAX: usize = 64 << 20;
 const IDLE: Duration = Duration::from_millis(300);
-/// Groups that may be on their way to it; the writer waits when it is so far behind.
-const BEHIND_MAX: usize = 16;
+/// Groups that may be on their way to it, and bytes of them; the writer waits when it is so far behind.
+const BEHIND_MAX: usize = 1024;
+const BEHIND_BYTES_MAX: usize = 64 << 20;
+/// While it is not asked for anything, groups are left to gather for so long: rows that change again and again are
+/// then written once, and entries many to a value.
+const GATHER: Duration = Duration::from_millis(20);
+/// No more than this is gathered.
+const GATHER_BYTES: usize = 8 << 20;
 /// How long a reader waits for it to catch up.
 const WAIT_MAX: Duration = Duration::from_secs(30);
 
@@ -26,6 +33,8 @@ pub(super) struct Index {
     path: PathBuf,
     state: Mutex<State>,
     moved: Condvar,
+    /// Tells the thread behind it not to gather any longer.
+    wanted: Condvar,
 }
 
 struct State {
@@ -33,6 +42,10 @@ struct State {
     store: Option<Arc<dyn Store>>,
     /// Entries in it.
     entries: u64,
+    /// Readers that wait for it to go on.
+    waiting: u32,
+    /// Bytes on their way to it.
+    behind: usize,
 }
 
 impl Index {
@@ -40,8 +53,14 @@ impl Index {
         let store = Some(Arc::from(store));
         Self {
             path,
-            state: Mutex::new(State { store, entries }),
+            state: Mutex::new(State {
+                store,
+                entries,
+                waiting: 0,
+                behind: 0,
+            }),
             moved: Condvar::new(),
+            wanted: Condvar::new(),
         }
     }
 
@@ -77,17 +96,28 @@ impl Index {
 
     /// Waits until the first `entries` entries are in it.
     pub(super) fn wait_for(&self, entries: u64) -> Result<(), StoreError> {
-        let until = Instant::now() + WAIT_MAX;
         let mut state = self.state();
-        while state.store.is_some() && state.entries < entries {
-            let left = until.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return Err(self.bad("it is far behind the journal: try again later".into()));
-            }
-            let waited = self.moved.wait_timeout(state, left);
-            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+        if state.store.is_none() || state.entries >= entries {
+            return Ok(());
+        }
+        state.waiting += 1;
+        self.wanted.notify_all();
+        let behind = |state: &mut State| state.store.is_some() && state.entries < entries;
+        let waited = self.moved.wait_timeout_while(state, WAIT_MAX, behind);
+        let (mut state, waited) = waited.unwrap_or_else(PoisonError::into_inner);
+        state.waiting -= 1;
+        drop(state);
+        if waited.timed_out() {
+            return Err(self.bad("it is far behind the journal: try again later".into()));
         }
         Ok(())
+    }
+
+    /// Sleeps for [`GATHER`], or until a reader waits.
+    fn gather(&self) {
+        let idle = |state: &mut State| state.waiting == 0;
+        let waited = self.wanted.wait_timeout_while(self.state(), GATHER, idle);
+        drop(waited.unwrap_or_else(PoisonError::into_inner));
     }
 
     /// Gives it up, until the writer has made it anew.
@@ -106,8 +136,19 @@ impl Index {
         self.moved.notify_all();
     }
 
-    fn reached(&self, entries: u64) {
-        self.state().entries = entries;
+    /// Waits until it is not too far behind, and counts what is on its way now.
+    fn send_off(&self, bytes: usize) {
+        let full = |state: &mut State| state.behind >= BEHIND_BYTES_MAX;
+        let waited = self.moved.wait_while(self.state(), full);
+        waited.unwrap_or_else(PoisonError::into_inner).behind += bytes;
+    }
+
+    /// What was on its way arrived, or was dropped with a lost index; in it are so many entries then.
+    fn arrived(&self, bytes: usize, entries: Option<u64>) {
+        let mut state = self.state();
+        state.behind = state.behind.saturating_sub(bytes);
+        state.entries = entries.unwrap_or(state.entries);
+        drop(state);
         self.moved.notify_all();
     }
 }
@@ -121,6 +162,7 @@ enum Job {
 
 /// The thread behind the writer's.
 pub(super) struct Indexer {
+    shared: Arc<Shared>,
     jobs: Option<mpsc::SyncSender<Job>>,
     thread: Option<JoinHandle<()>>,
 }
@@ -128,10 +170,12 @@ pub(super) struct Indexer {
 impl Indexer {
     pub(super) fn start(shared: Arc<Shared>) -> io::Result<Self> {
         let (jobs, queue) = mpsc::sync_channel(BEHIND_MAX);
+        let theirs = shared.clone();
         let thread = thread::Builder::new()
             .name("ledger-index".into())
-            .spawn(move || run(&shared, &queue))?;
+            .spawn(move || run(&theirs, &queue))?;
         Ok(Self {
+            shared,
             jobs: Some(jobs),
             thread: Some(thread),
         })
@@ -143,6 +187,7 @@ impl Indexer {
 
     /// Hands over a group that is in the journal.
     pub(super) fn apply(&self, changes: Vec<Change>, bytes: usize, entries: u64) {
+        self.shared.index.send_off(bytes);
         self.send(Job::Apply(changes, bytes, entries));
     }
 
@@ -162,6 +207,34 @@ impl Indexer {
             // A panic there was reported by its own thread.
             let _ = thread.join();
         }
+    }
+}
+
+/// What was taken from the queue and not applied yet.
+#[derive(Default)]
+struct Gathered {
+    changes: Vec<Change>,
+    bytes: usize,
+    entries: u64,
+}
+
+impl Gathered {
+    /// Takes jobs until there is nothing more or enough; a wish to sync ends it.
+    fn fill(&mut self, queue: &mpsc::Receiver<Job>) -> Option<mpsc::SyncSender<()>> {
+        while self.bytes < GATHER_BYTES {
+            match queue.try_recv() {
+                Ok(Job::Apply(changes, bytes, entries)) => self.add(changes, bytes, entries),
+                Ok(Job::Sync(done)) => return Some(done),
+                Err(_) => break,
+            }
+        }
+        None
+    }
+
+    fn add(&mut self, mut changes: Vec<Change>, bytes: usize, entries: u64) {
+        self.changes.append(&mut changes);
+        self.bytes += bytes;
+        self.entries = entries;
     }
 }
 
@@ -191,29 +264,37 @@ fn run(shared: &Shared, queue: &mpsc::Receiver<Job>) {
             let Ok(job) = queue.recv() else { break };
             job
         };
-        match job {
+        let mut gathered = Gathered::default();
+        let mut done = match job {
             Job::Apply(changes, bytes, entries) => {
-                if index.is_lost() {
-                    continue;
+                gathered.add(changes, bytes, entries);
+                gathered.fill(queue)
+            }
+            Job::Sync(done) => Some(done),
+        };
+        if done.is_none() {
+            index.gather();
+            done = gathered.fill(queue);
+        }
+        if !gathered.changes.is_empty() && !index.is_lost() {
+            match index.with(|store| store.apply(&gathered.changes)) {
+                Ok(()) => {
+                    unsynced += gathered.bytes;
+                    index.arrived(0, Some(gathered.entries));
                 }
-                match index.with(|store| store.apply(&changes)) {
-                    Ok(()) => {
-                        unsynced += bytes;
-                        index.reached(entries);
-                    }
-                    Err(why) => {
-                        tracing::error!("{why}");
-                        index.lose();
-                    }
-                }
-                if unsynced >= UNSYNCED_MAX {
-                    sync(&mut unsynced);
+                Err(why) => {
+                    tracing::error!("{why}");
+                    index.lose();
                 }
             }
-            Job::Sync(done) => {
-                sync(&mut unsynced);
-                let _ = done.send(());
-            }
+        }
+        index.arrived(gathered.bytes, None);
+        if unsynced >= UNSYNCED_MAX {
+            sync(&mut unsynced);
+        }
+        if let Some(done) = done {
+            sync(&mut unsynced);
+            let _ = done.send(());
         }
     }
 }

@@ -1,7 +1,7 @@
 //! The one durable writer of a daemon: its state and its ledger in the same transactions.
 //!
 //! One thread takes transactions from a bounded queue. What has queued up while the disk was busy becomes the next
-//! group (at most [`GROUP_MAX`]); a lone transaction is written at once and never waits for company. A group is one
+//! group (at most [`GROUP_MAX`]); a lone writer's transactions are written at once and never wait for company. A group is one
 //! append to the journal and one sync, then the answers; the index follows on a thread of its own, so that the next
 //! group is on its way to the disk meanwhile, and readers wait until it has come as far as they look. A transaction that
 //! breaks a rule is refused alone; the others of its group do not notice.
@@ -13,10 +13,11 @@ mod index;
 mod scribe;
 
 use crate::{
+    batch::{Checker, TOGETHER_MIN},
     book::{Book, Entry},
     change::Step,
     derived::Derived,
-    evidence::{Examined, examine},
+    evidence::{Examined, examine_by},
     head::{Head, Proof},
     recovery::{self, PAGE_ENTRIES},
     store::{OpenStore, SledStore, StoreError, Tables},
@@ -27,6 +28,7 @@ use karez_core::{
     id::{Digest, RecordId},
     key::SchedulerId,
     money::{Account, Accounts, Posting},
+    records::to_check,
     unit::UtcMillis,
 };
 use scribe::Scribe;
@@ -184,16 +186,6 @@ struct Request {
 enum Prepared {
     Step(Step),
     Post(Box<Examined>, UtcMillis),
-}
-
-impl Prepared {
-    /// Of a posting: its last record, if it has any.
-    fn last_record(&self) -> Option<Option<Vec<u8>>> {
-        match self {
-            Self::Step(_) => None,
-            Self::Post(examined, _) => Some(examined.posting().evidence.last().cloned()),
-        }
-    }
 }
 
 impl Writer {
@@ -403,7 +395,7 @@ impl Op {
     }
 }
 
-fn lock(dir: &Path) -> Result<File, StoreError> {
+pub(crate) fn lock(dir: &Path) -> Result<File, StoreError> {
     let path = dir.join("lock");
     let file = File::create(&path).map_err(|e| StoreError::io(&path, "create it", &e))?;
     match file.try_lock() {
@@ -439,6 +431,14 @@ fn prepare(
         Ok(table.to_owned())
     };
     let mut total = 0;
+    let mut checker = Checker::default();
+    if transaction.ops.iter().map(Op::records).sum::<usize>() >= TOGETHER_MIN {
+        let postings = transaction.ops.iter().filter_map(|op| match op {
+            Op::Post(posting, _) => Some(&posting.evidence),
+            _ => None,
+        });
+        checker.take(postings.flatten().filter_map(|bytes| to_check(bytes)));
+    }
     let mut ops = Vec::with_capacity(transaction.ops.len());
     for op in transaction.ops {
         let prepared = match op {
@@ -458,7 +458,7 @@ fn prepare(
             Op::Post(posting, at) => {
                 let scheduler = scheduler.ok_or(crate::BookError::NoLedger)?;
                 total += posting.evidence.iter().map(|e| e.len() + 4).sum::<usize>() + 1024;
-                let examined = examine(posting, scheduler).map_err(crate::BookError::from)?;
+                let examined = examine_by(posting, scheduler, &checker).map_err(crate::BookError::from)?;
                 Prepared::Post(Box::new(examined), at)
             }
         };

@@ -5,7 +5,7 @@ use super::{
 use crate::{
     book::{Book, Undo},
     change::{self, Change, Step},
-    derived::Added,
+    derived::{self, Added},
     journal::{FRAME_BYTES_MAX, encode_frame},
     recovery::{self, Truth},
     snapshot,
@@ -16,6 +16,7 @@ use std::{
     fs::File,
     path::{Path, PathBuf},
     sync::Arc,
+    thread,
     time::{Duration, Instant},
 };
 use tokio::sync::{mpsc, oneshot};
@@ -24,6 +25,8 @@ use tokio::sync::{mpsc, oneshot};
 const GROUP_BYTES_MAX: usize = 8 << 20;
 /// A snapshot of the book is written after this many entries, at the least.
 const SNAPSHOT_MIN: u64 = 10_000;
+/// How long a group waits for those of the last one; a lone writer never waits.
+const NAP: Duration = Duration::from_micros(100);
 /// A failed index is not reopened more often than this.
 const INDEX_RETRY: Duration = Duration::from_secs(1);
 
@@ -40,6 +43,8 @@ pub(super) struct Scribe {
     retry_at: Instant,
     /// Entries in the last snapshot of the book.
     snapshot_at: u64,
+    /// How many were in the last group.
+    company: usize,
     /// After a failed compaction: the length at which it is tried again.
     compact_above: u64,
     /// The journal's next generation is named but could not be read: nothing may be written until it is.
@@ -51,8 +56,8 @@ pub(super) struct Scribe {
 struct Accepted {
     reply: oneshot::Sender<Result<Committed, StoreError>>,
     committed: Committed,
-    /// The last record of each entry.
-    records: Vec<Option<Vec<u8>>>,
+    /// By which record each entry is found.
+    records: Vec<[u8; derived::ID]>,
     undo: Vec<Undo>,
 }
 
@@ -79,6 +84,7 @@ impl Scribe {
             indexer,
             retry_at: Instant::now(),
             snapshot_at: 0,
+            company: 0,
             compact_above: 0,
             stuck: None,
             _lock: lock,
@@ -99,11 +105,20 @@ impl Scribe {
             };
             let mut bytes = first.bytes;
             let mut group = vec![first];
-            while group.len() < GROUP_MAX && bytes < GROUP_BYTES_MAX {
-                let Ok(next) = requests.try_recv() else { break };
-                bytes += next.bytes;
-                group.push(next);
+            let mut take = |group: &mut Vec<Request>| {
+                while group.len() < GROUP_MAX && bytes < GROUP_BYTES_MAX {
+                    let Ok(next) = requests.try_recv() else { break };
+                    bytes += next.bytes;
+                    group.push(next);
+                }
+            };
+            take(&mut group);
+            if group.len() * 2 < self.company {
+                // Whoever was just answered is about to come back: one sync for all, not one for the quickest.
+                thread::sleep(NAP);
+                take(&mut group);
             }
+            self.company = group.len();
             self.commit(group);
             self.maintain();
         }
@@ -129,14 +144,14 @@ impl Scribe {
             }
             return;
         }
-        let mut frames = Vec::new();
-        let mut changes = Vec::new();
-        let mut accepted = Vec::new();
+        let mut frames = Vec::with_capacity(bytes + 64 * group.len());
+        let mut changes = Vec::with_capacity(group.len());
+        let mut accepted = Vec::with_capacity(group.len());
         let tree_before = self.book.tree().clone();
         for request in group {
             let mut undo = Vec::new();
-            let records = request.ops.iter().filter_map(Prepared::last_record).collect();
-            match self.stage(request.ops, &mut undo, &mut frames) {
+            let mut records = Vec::new();
+            match self.stage(request.ops, &mut undo, &mut records, &mut frames) {
                 Ok((change, committed)) => {
                     changes.push(change);
                     accepted.push(Accepted {
@@ -185,6 +200,7 @@ impl Scribe {
         &mut self,
         ops: Vec<Prepared>,
         undo: &mut Vec<Undo>,
+        records: &mut Vec<[u8; derived::ID]>,
         frames: &mut Vec<u8>,
     ) -> Result<(Change, Committed), StoreError> {
         let mut steps = Vec::with_capacity(ops.len());
@@ -195,6 +211,7 @@ impl Scribe {
                 Prepared::Post(examined, at) => {
                     let (entry, bytes, back) = self.book.append_undoable(at, *examined)?;
                     undo.push(back);
+                    records.push(derived::record_id(&entry));
                     let seq = entry.seq;
                     entries.push(EntryRef {
                         seq,
@@ -259,7 +276,7 @@ impl Scribe {
             .iter()
             .flat_map(|a| a.committed.entries.iter().zip(&a.records))
         {
-            added.push(&mut tree, &entry.hash, record.as_deref());
+            added.push(&mut tree, &entry.hash, *record);
         }
         if tree.size() > from
             && let Err(why) = self.shared.derived.write(from, &added)

@@ -287,6 +287,12 @@ pub fn papers(settled: &Posting) -> (Verified<Lease>, Verified<Receipt>) {
     (lease, Signed::open(evidence.last().unwrap()).unwrap())
 }
 
+/// What stays of a posting's records; nothing for records that prove nothing.
+pub fn gist(posting: &Posting) -> Vec<u8> {
+    let examined = karez_ledger::examine(posting.clone(), scheduler());
+    examined.map_or(Vec::new(), |examined| examined.gist().to_vec())
+}
+
 pub fn institution(name: &str) -> Account {
     Account::Institution(name.parse().unwrap())
 }
