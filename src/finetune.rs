@@ -296,7 +296,7 @@ async fn submit(context: &Context, link: &Link, plan: &Plan, args: &FinetuneArgs
         input,
         items: steps as u64,
         items_per_part: u32::try_from(every).unwrap_or(u32::MAX),
-        constraints: args.options.constraints(),
+        constraints: args.options.constraints(issued_at, ""),
         credits_max: args.options.max_cost,
         attempts_max: args.options.attempts,
         nonce: nonce()?,

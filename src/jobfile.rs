@@ -10,9 +10,10 @@ use crate::{
 use anyhow::{Context, Result};
 use karez_core::{
     id::{Country, Institution},
+    records::{DEVICES_MAX, DataClass, Tier},
     unit::{Credits, Rate},
 };
-use karez_node::human::{Price, Size};
+use karez_node::human::{Price, Size, Span};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use std::{
@@ -117,6 +118,9 @@ struct Place {
     exclude_institution: Vec<Institution>,
     device: Option<String>,
     memory: Option<Size>,
+    devices: Option<u32>,
+    isolation: Tier,
+    data: DataClass,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Deserialize)]
@@ -124,6 +128,8 @@ struct Place {
 struct Run {
     part_items: u32,
     wait: bool,
+    deadline: Option<Span>,
+    together: bool,
 }
 
 /// A job as a file describes it. The input is still to be read.
@@ -227,6 +233,11 @@ fn parse(text: &str, name: &str, base: &Path) -> Result<Job> {
             "donated = true already means a price of zero: remove one of them",
         );
     }
+    if let Some(devices) = file.place.devices
+        && !(1..=DEVICES_MAX).contains(&devices)
+    {
+        return refuse("devices", &format!("must be between 1 and {DEVICES_MAX}"));
+    }
     let options = JobOptions {
         country: file.place.country,
         exclude_country: file.place.exclude_country,
@@ -237,6 +248,11 @@ fn parse(text: &str, name: &str, base: &Path) -> Result<Job> {
         max_cost: Credits(file.limits.max_cost.0.0),
         device: file.place.device,
         memory: file.place.memory.map(|s| s.0),
+        devices: file.place.devices.unwrap_or(1),
+        isolation: file.place.isolation,
+        data: file.place.data,
+        deadline: file.run.deadline.map(|s| s.0),
+        together: file.run.together,
         part_items: file.run.part_items,
         attempts: file.limits.attempts,
         wait: file.run.wait,
@@ -314,10 +330,15 @@ pub(crate) fn schema() -> Value {
                 "exclude_institution": names("no node of these institutions"),
                 "device": {"type": "string", "description": "start of the device class: cuda, cpu/x86-64-v3"},
                 "memory": {"type": ["string", "integer"], "description": "memory of one device, like \"8 GiB\""},
+                "devices": {"type": "integer", "minimum": 1, "maximum": DEVICES_MAX, "default": 1, "description": "devices of one node that each part takes"},
+                "isolation": {"enum": Tier::ALL.map(Tier::as_str), "default": "none", "description": "workers are cut off at least so far"},
+                "data": {"enum": DataClass::ALL.map(DataClass::as_str), "default": "public", "description": "how delicate the input is; only owners who take such data are given it"},
             })),
             "run": table("how it is cut and queued", json!({
                 "part_items": {"type": "integer", "minimum": 0, "default": 0, "description": "0: the scheduler chooses"},
                 "wait": {"type": "boolean", "default": false, "description": "queue it even when no known node could run it"},
+                "deadline": {"type": "string", "examples": ["6 h"], "description": "when it should be done, from the moment it is submitted, like \"6 h\""},
+                "together": {"type": "boolean", "default": false, "description": "all parts run at the same time, inside one site, or not at all"},
             })),
         },
     })
@@ -329,8 +350,11 @@ mod tests {
 
     /// One valid value for every key of the schema.
     fn sample(schema: &Value) -> String {
+        if let Some(example) = schema["examples"].get(0) {
+            return example.to_string();
+        }
         match (&schema["enum"], schema["type"].as_str()) {
-            (Value::Array(_), _) => "\"embed\"".into(),
+            (Value::Array(values), _) => values[0].to_string(),
             (_, Some("string")) => "\"x\"".into(),
             (_, Some("integer" | "number")) => "1".into(),
             (_, Some("boolean")) => "false".into(),

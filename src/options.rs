@@ -2,8 +2,8 @@
 use clap::Args;
 use karez_core::{
     id::{Country, Institution},
-    records::Constraints,
-    unit::{Bytes, Credits, Rate},
+    records::{Constraints, DataClass, Tier},
+    unit::{Bytes, Credits, Millis, Rate, UtcMillis},
 };
 use karez_node::human::Size;
 use std::path::PathBuf;
@@ -42,6 +42,25 @@ pub(crate) struct JobOptions {
     /// Only devices with at least this much memory (8GiB)
     #[arg(long, value_name = "SIZE", value_parser = size)]
     pub(crate) memory: Option<Bytes>,
+    /// Devices of one node that each part takes
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub(crate) devices: u32,
+    /// Workers are cut off at least so far: seccomp, landlock+seccomp, container,
+    /// machine
+    #[arg(long, value_name = "TIER", default_value = "none", hide_default_value = true)]
+    pub(crate) isolation: Tier,
+    /// How delicate the input is: public, internal, personal, sensitive. Only
+    /// owners who take such data are given it
+    #[arg(long, value_name = "CLASS", default_value = "public")]
+    pub(crate) data: DataClass,
+    /// When the job should be done: 45min, 6h, 2d from now. Reliable machines
+    /// are chosen when there is no time left to lose
+    #[arg(long, value_name = "TIME", value_parser = span)]
+    pub(crate) deadline: Option<Millis>,
+    /// All parts run at the same time, on machines of one institution in one
+    /// country, or not at all
+    #[arg(long)]
+    pub(crate) together: bool,
 
     /// Cut the job into parts of this many items; by default the scheduler chooses
     #[arg(
@@ -88,6 +107,11 @@ impl Default for JobOptions {
             max_cost: MAX_COST,
             device: None,
             memory: None,
+            devices: 1,
+            isolation: Tier::None,
+            data: DataClass::Public,
+            deadline: None,
+            together: false,
             part_items: 0,
             attempts: 3,
             wait: false,
@@ -99,8 +123,8 @@ impl Default for JobOptions {
 }
 
 impl JobOptions {
-    /// The masks of the order.
-    pub(crate) fn constraints(&self) -> Constraints {
+    /// The masks of an order that is signed now, for a model under `licence`; empty when that is unknown.
+    pub(crate) fn constraints(&self, now: UtcMillis, licence: &str) -> Constraints {
         Constraints {
             countries: self.country.clone(),
             countries_excluded: self.exclude_country.clone(),
@@ -110,6 +134,12 @@ impl JobOptions {
             memory: self.memory.unwrap_or_default(),
             donated_only: self.donated,
             rate_max: self.max_rate,
+            isolation: self.isolation,
+            licence: licence.to_owned(),
+            data: self.data,
+            devices: if self.devices > 1 { self.devices } else { 0 },
+            deadline: self.deadline.map(|left| now.after(left)),
+            together: self.together,
         }
     }
 }
@@ -130,6 +160,12 @@ pub(crate) fn label(text: &str) -> Result<String, String> {
 /// A price from text.
 pub(crate) fn rate(text: &str) -> Result<Rate, karez_core::unit::UnitError> {
     text.parse().map(|c: Credits| Rate(c.0))
+}
+
+/// A span from text.
+pub(crate) fn span(text: &str) -> Result<Millis, humantime::DurationError> {
+    let span = humantime::parse_duration(text)?;
+    Ok(Millis(u64::try_from(span.as_millis()).unwrap_or(u64::MAX)))
 }
 
 /// A size from text.

@@ -132,10 +132,10 @@ fn is_near(wanted: &str, known: &str) -> bool {
 /// What the scheduler would do with such an order now. Signed as for submitting, but nothing is sent, set aside or run.
 pub(crate) async fn explain(home: &Home, link: &Link, task: &Task) -> Result<wire::ExplainReply> {
     let artifacts = link.artifacts(home).await?;
-    let work = work(None, link, &artifacts, &task.what).await?;
+    let (work, licence) = work(None, link, &artifacts, &task.what).await?;
     let (store, content) = (artifacts.store.clone(), task.items.content());
     let input = tokio::task::spawn_blocking(move || content.store(&store)).await??;
-    let order = order(link, work, input, task)?;
+    let order = order(link, work, &licence, input, task)?;
     let request = wire::ExplainRequest {
         job: String::new(),
         order: order.encode(),
@@ -146,11 +146,11 @@ pub(crate) async fn explain(home: &Home, link: &Link, task: &Task) -> Result<wir
 /// Sends the input, signs the order and submits it.
 pub(crate) async fn submit(out: &Out, home: &Home, link: Link, task: &Task) -> Result<Running> {
     let artifacts = link.artifacts(home).await?;
-    let work = work(Some(out), &link, &artifacts, &task.what).await?;
+    let (work, licence) = work(Some(out), &link, &artifacts, &task.what).await?;
     let (store, content) = (artifacts.store.clone(), task.items.content());
     let input = tokio::task::spawn_blocking(move || content.store(&store)).await??;
     artifacts.push(out, "the input", input).await?;
-    let order = order(&link, work, input, task)?;
+    let order = order(&link, work, &licence, input, task)?;
     let job = JobId(order.id());
     let request = wire::SubmitRequest {
         order: order.encode(),
@@ -181,36 +181,40 @@ pub(crate) async fn submit(out: &Out, home: &Home, link: Link, task: &Task) -> R
     })
 }
 
-/// With `out`, what lies on this machine is sent along.
-async fn work(out: Option<&Out>, link: &Link, artifacts: &Artifacts, what: &What) -> Result<Work> {
+/// The work of an order, and the licence of its model. With `out`, what lies on this machine is sent along.
+async fn work(out: Option<&Out>, link: &Link, artifacts: &Artifacts, what: &What) -> Result<(Work, String)> {
     Ok(match what {
-        What::Noop { millis_per_item } => Work::Noop {
-            millis_per_item: *millis_per_item,
-        },
+        What::Noop { millis_per_item } => {
+            let work = Work::Noop {
+                millis_per_item: *millis_per_item,
+            };
+            (work, String::new())
+        }
         What::Embed { model: name } => {
             let (artifact, found) = model(link, name).await?;
             expect_format(&found, "safetensors", "embed")?;
-            Work::Embed {
+            let work = Work::Embed {
                 model: artifact,
                 model_name: name.clone(),
-            }
+            };
+            (work, found.licence)
         }
         What::Generate {
             model: name,
             sampling: s,
         } => {
-            let (artifact, adapter, name) = match model(link, name).await {
+            let (artifact, adapter, name, licence) = match model(link, name).await {
                 Ok((artifact, found)) => {
                     expect_format(&found, "gguf", "generate")?;
-                    (artifact, None, name.clone())
+                    (artifact, None, name.clone(), found.licence)
                 }
                 Err(_) if over::halves(name).is_some() => {
                     let chosen = over::choose(out, link, artifacts, name).await?;
-                    (chosen.model, Some(chosen.adapter), chosen.name)
+                    (chosen.model, Some(chosen.adapter), chosen.name, String::new())
                 }
                 Err(error) => return Err(error),
             };
-            Work::Generate(Generate {
+            let work = Work::Generate(Generate {
                 adapter,
                 temperature_milli: s.temperature_milli,
                 top_k: s.top_k,
@@ -221,7 +225,8 @@ async fn work(out: Option<&Out>, link: &Link, artifacts: &Artifacts, what: &What
                 stream: s.stream,
                 keep_going: s.keep_going,
                 ..Generate::greedy(artifact, name, s.max_tokens)
-            })
+            });
+            (work, licence)
         }
     })
 }
@@ -242,6 +247,7 @@ pub(crate) fn expect_format(model: &wire::Model, wanted: &str, command: &str) ->
 fn order(
     link: &Link,
     work: Work,
+    licence: &str,
     input: ArtifactRef,
     task: &Task,
 ) -> Result<karez_core::records::Verified<Order>> {
@@ -254,7 +260,7 @@ fn order(
         input,
         items: task.items.count,
         items_per_part: task.options.part_items,
-        constraints: task.options.constraints(),
+        constraints: task.options.constraints(issued_at, licence),
         credits_max: task.options.max_cost,
         attempts_max: task.options.attempts,
         nonce: nonce()?,

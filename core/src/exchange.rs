@@ -214,6 +214,13 @@ pub enum ToNode {
         /// Why.
         cause: String,
     },
+    /// Stop this lease, which goes on elsewhere: what the guest leaves behind is worth keeping.
+    Move {
+        /// Which.
+        key: LeaseKey,
+        /// Why.
+        cause: String,
+    },
     /// The usage was taken: the node may forget the lease.
     Settled {
         /// Which lease.

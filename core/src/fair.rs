@@ -10,8 +10,9 @@
 //! Start at [`FairShare::turn`].
 use crate::{
     id::Institution,
+    money::{Posting, PostingKind},
     prelude::*,
-    records::Receipt,
+    records::{Receipt, Signed},
     unit::{Credits, Millis, Rate, UtcMillis},
 };
 use serde::{Deserialize, Serialize};
@@ -116,10 +117,17 @@ fn weight(at: UtcMillis, half_life: Millis) -> (u64, u64) {
 /// One institution's history.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Account {
+    /// The half-life it was counted with.
+    #[serde(default = "week")]
+    pub half_life: Millis,
     /// What its users had others do.
     pub used: Fading,
     /// What its nodes did for others.
     pub given: Fading,
+}
+
+fn week() -> Millis {
+    Shares::default().half_life
 }
 
 /// Who used and gave what, and what runs for whom.
@@ -162,9 +170,38 @@ impl FairShare {
         &self.shares
     }
 
-    /// Puts a stored history back.
-    pub fn restore(&mut self, institution: Institution, account: Account) {
-        self.accounts.insert(institution, account);
+    /// Puts a stored history back, unless it was counted with another half-life.
+    pub fn restore(&mut self, institution: Institution, account: Account) -> bool {
+        let same = account.half_life == self.shares.half_life;
+        if same {
+            self.accounts.insert(institution, account);
+        }
+        same
+    }
+
+    /// Every institution's history.
+    pub fn accounts(&self) -> impl Iterator<Item = (&Institution, &Account)> {
+        self.accounts.iter()
+    }
+
+    /// Goes on with what runs now according to another.
+    pub(crate) fn take_running(&mut self, other: &mut Self) {
+        self.running = core::mem::take(&mut other.running);
+    }
+
+    /// Counts the receipt of a posting, if it settles one.
+    pub fn note_posting(&mut self, posting: &Posting) {
+        if posting.kind != PostingKind::Settle {
+            return;
+        }
+        // The receipt is the last word of its evidence.
+        let receipts = posting.evidence.iter().rev();
+        if let Some(receipt) = receipts
+            .filter_map(|bytes| Signed::<Receipt>::open(bytes).ok())
+            .next()
+        {
+            self.note(&receipt);
+        }
     }
 
     /// What a receipt is worth: its credits, or for donated time what such time counts as.
@@ -193,7 +230,13 @@ impl FairShare {
             if !self.accounts.contains_key(institution) && self.accounts.len() >= INSTITUTIONS_MAX {
                 continue;
             }
-            let account = self.accounts.entry(institution.clone()).or_default();
+            let account = self
+                .accounts
+                .entry(institution.clone())
+                .or_insert_with(|| Account {
+                    half_life,
+                    ..Account::default()
+                });
             let fading = if gives {
                 &mut account.given
             } else {

@@ -34,8 +34,8 @@ pub struct Listing {
     others: Vec<u32>,
     /// Attempts that failed there since the last success.
     pub failures: u32,
-    /// Speeds measured from finished leases, which win over what the offer claims.
-    measured: BTreeMap<WorkKind, Speed>,
+    /// What finished leases showed, which weighs the more against what the offer claims the longer it took.
+    measured: BTreeMap<WorkKind, Shown>,
     /// Reclaims that were seen there, and in how much device time; old ones weigh less and less.
     reclaims: u32,
     watched: DeviceMillis,
@@ -43,6 +43,45 @@ pub struct Listing {
     pub(crate) shelved: Vec<Shelved>,
     /// Per entry of `offer.devices`: the group whose shadow price it bears.
     pub(crate) groups: Vec<u32>,
+}
+
+/// Work done, and how long one device took for it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Shown {
+    /// Work units.
+    pub units: u64,
+    /// Device time, without what went by until the model was ready.
+    pub time: DeviceMillis,
+}
+
+impl Shown {
+    /// What an offer says of its speed is worth as much as so much device time that was seen.
+    const CLAIM: u128 = 60_000;
+    /// After so much time, what was seen before counts half: machines change.
+    const TIME_MAX: u64 = 3_600_000;
+
+    fn add(&mut self, more: Self) {
+        // One lease alone never counts for more than all that is remembered.
+        let (mut units, mut time) = (more.units, more.time.0);
+        if time > Self::TIME_MAX {
+            units = (u128::from(units) * u128::from(Self::TIME_MAX) / u128::from(time)) as u64;
+            time = Self::TIME_MAX;
+        }
+        self.units = self.units.saturating_add(units);
+        self.time = self.time.saturating_add(DeviceMillis(time));
+        while self.time.0 > Self::TIME_MAX {
+            (self.units, self.time.0) = (self.units / 2, self.time.0 / 2);
+        }
+    }
+
+    /// The offered speed and the shown one, each weighed by its time.
+    fn with_claim(self, offered: Speed) -> Speed {
+        // A probe that measured nothing claims nothing.
+        let claim = if offered.0 == 0 { 0 } else { Self::CLAIM };
+        let units = u128::from(offered.0) * claim + u128::from(self.units) * 1_000_000;
+        let speed = units / (claim + u128::from(self.time.0)).max(1);
+        Speed(u64::try_from(speed).unwrap_or(u64::MAX).max(1))
+    }
 }
 
 /// What is believed of a node that nobody has watched: no reclaim in so much device time.
@@ -61,7 +100,8 @@ impl Listing {
         count.saturating_sub(held)
     }
 
-    /// Measured speed at that kind of work, else the offered one. `None` when it has no such engine.
+    /// Speed at that kind of work: as offered, moved towards what finished leases showed by as much device time as
+    /// they took. `None` when it has no such engine.
     pub fn speed(&self, kind: WorkKind) -> Option<Speed> {
         let offered = self
             .offer
@@ -70,7 +110,10 @@ impl Listing {
             .filter(|e| e.work == kind)
             .map(|e| e.speed)
             .max()?;
-        Some(self.measured.get(&kind).copied().unwrap_or(offered))
+        match self.measured.get(&kind) {
+            Some(shown) => Some(shown.with_claim(offered)),
+            None => Some(offered),
+        }
     }
 
     /// Reclaims to expect in a thousand hours of one device there.
@@ -391,15 +434,13 @@ impl Market {
         });
     }
 
-    /// Notes that a lease finished there at that speed; measured speeds move a quarter of the way at each.
-    pub fn note_success(&mut self, node: &NodeId, kind: WorkKind, speed: Option<Speed>) {
+    /// Notes that a lease finished there, and what it showed of the node's speed.
+    pub fn note_success(&mut self, node: &NodeId, kind: WorkKind, shown: Option<Shown>) {
         self.change(node, true, |listing| {
             listing.failures = 0;
-            let Some(speed) = speed else { return };
-            let before = listing.measured.get(&kind).copied().unwrap_or(speed);
-            let moved = (u128::from(before.0) * 3 + u128::from(speed.0)) / 4;
-            let moved = Speed(u64::try_from(moved).unwrap_or(u64::MAX).max(1));
-            listing.measured.insert(kind, moved);
+            if let Some(shown) = shown {
+                listing.measured.entry(kind).or_default().add(shown);
+            }
         });
     }
 
@@ -474,6 +515,7 @@ pub(crate) mod tests {
             issued_at: NOW.utc,
             expires_at: NOW.utc.after(Millis(60_000)),
             state: NodeState::Open,
+            terms: crate::records::OwnerPolicy::default(),
         };
         for word in words {
             match word {
@@ -482,6 +524,19 @@ pub(crate) mod tests {
                 "fast" => offer.engines[0].speed = Speed(10_000),
                 "dumb" => offer.engines.clear(),
                 "gone" => {}
+                "local" => offer.terms.local_first = true,
+                w if w.contains('=') => {
+                    let (key, value) = w.split_once('=').unwrap();
+                    match key {
+                        "iso" => offer.isolation = value.into(),
+                        "data" => offer.terms.data = value.parse().unwrap(),
+                        "lic" => offer.terms.licences.push(value.into()),
+                        "only" => offer.terms.institutions.push(value.parse().unwrap()),
+                        "never" => offer.terms.institutions_excluded.push(value.parse().unwrap()),
+                        "does" => offer.terms.work.push(value.parse().unwrap()),
+                        other => panic!("{other}"),
+                    }
+                }
                 w if w.ends_with('G') => {
                     offer.devices[0].memory = Bytes(w[..w.len() - 1].parse::<u64>().unwrap() << 30)
                 }

@@ -6,7 +6,7 @@ use crate::human::{Price, Size, Span};
 use karez_core::{
     id::{Country, Institution},
     key::SchedulerId,
-    records::WorkKind,
+    records::{DataClass, LICENCE_BYTES_MAX, TERMS_MAX, WorkKind},
     unit::{Bytes, Millis, Rate},
 };
 use karez_engine::protocol::SEQUENCES_MAX;
@@ -127,6 +127,12 @@ pub struct Policy {
     pub institutions_excluded: Vec<Institution>,
     /// These kinds of work only; empty for all.
     pub work: Vec<WorkKind>,
+    /// Models under these licences only, by their SPDX names; empty for all.
+    pub licences: Vec<String>,
+    /// No data that must be handled with more care than this; internal data when absent.
+    pub data: Option<DataClass>,
+    /// Guests leave when users of the owner's institution wait for the machine.
+    pub local_first: bool,
     /// Whether the machine is also offered to schedulers that are found on the peer network and admit it.
     pub find_schedulers: bool,
 }
@@ -322,6 +328,9 @@ struct RawPolicy {
     institutions: Vec<Institution>,
     institutions_excluded: Vec<Institution>,
     work: Vec<WorkKind>,
+    licences: Vec<String>,
+    data: Option<DataClass>,
+    local_first: bool,
     find_schedulers: bool,
 }
 
@@ -463,6 +472,36 @@ impl RawConfig {
                 format!("{bad:?} is not a multiaddress: write it like /ip4/0.0.0.0/tcp/7420"),
             ));
         }
+        for (key, many) in [
+            ("policy.institutions", self.policy.institutions.len()),
+            (
+                "policy.institutions_excluded",
+                self.policy.institutions_excluded.len(),
+            ),
+            ("policy.licences", self.policy.licences.len()),
+        ] {
+            if many > TERMS_MAX {
+                return Err((key, format!("has {many} entries, the limit is {TERMS_MAX}")));
+            }
+        }
+        let named = |name: &&String| {
+            name.is_empty() || name.len() > LICENCE_BYTES_MAX || name.chars().any(char::is_control)
+        };
+        if let Some(bad) = self.policy.licences.iter().find(named) {
+            return Err((
+                "policy.licences",
+                format!(
+                    "{bad:?} is no name of a licence: write it like apache-2.0, in at most {LICENCE_BYTES_MAX} bytes"
+                ),
+            ));
+        }
+        let both = |name: &&Institution| self.policy.institutions_excluded.contains(name);
+        if let Some(both) = self.policy.institutions.iter().find(both) {
+            return Err((
+                "policy.institutions_excluded",
+                format!("names {both}, which policy.institutions names too: remove one of them"),
+            ));
+        }
         if self.scheduler.len() > SCHEDULERS_MAX {
             return Err((
                 "scheduler",
@@ -510,6 +549,9 @@ impl RawConfig {
                 institutions: self.policy.institutions,
                 institutions_excluded: self.policy.institutions_excluded,
                 work: self.policy.work,
+                licences: self.policy.licences,
+                data: self.policy.data,
+                local_first: self.policy.local_first,
                 find_schedulers: self.policy.find_schedulers,
             },
             listen: Listen {
@@ -648,6 +690,12 @@ store = "20 GiB"
 # institutions = ["uni-nairobi"]
 # institutions_excluded = []
 # work = ["noop", "embed", "generate"]
+# Run models under these licences only, by their SPDX names.
+# licences = ["apache-2.0", "mit"]
+# The most delicate data this machine may be given: public, internal, personal or sensitive. Its owner answers for it.
+# data = "internal"
+# Guests leave, and their work goes on elsewhere, when your own institution's users wait for this machine.
+# local_first = true
 # Offer this machine also to schedulers that it finds on the peer network, if they admit it.
 # find_schedulers = true
 

@@ -1,6 +1,7 @@
 //! `scheduler.toml`, typed: parsed once, checked once, then passed down.
 //!
 //! Durations are written like `15s`, sizes like `20 GiB`, credits like `2.5`. An unknown key is an error.
+use crate::pricing::{Fair, Placement};
 use karez_core::{
     controller::{Admission, ControllerConfig},
     id::Institution,
@@ -92,6 +93,12 @@ pub struct Config {
     /// Bounds.
     #[serde(default)]
     pub limits: Limits,
+    /// The cost of finished work.
+    #[serde(default)]
+    pub placement: Placement,
+    /// How institutions share.
+    #[serde(default)]
+    pub fair: Fair,
 }
 
 /// `[control]`: gRPC for nodes, users and tools, over TLS with Karez keys.
@@ -431,6 +438,11 @@ impl Config {
         if self.artifacts.limit < Bytes(1 << 20) {
             return rule("artifacts.limit", "must be at least 1 MiB".into());
         }
+        for found in [self.placement.check(), self.fair.check()] {
+            if let Err((key, why)) = found {
+                return rule(key, why);
+            }
+        }
         let t = &self.timing;
         for (key, value, least, most) in [
             ("timing.heartbeat", t.heartbeat, 100, 60_000),
@@ -509,6 +521,8 @@ impl Config {
             jobs_kept: self.limits.jobs_kept,
             device_time_max: self.limits.device_time_max,
             dispute_window: self.limits.dispute_window,
+            policy: self.placement.policy(),
+            shares: self.fair.shares(),
         }
     }
 }
@@ -561,7 +575,7 @@ fn size<'de, D: Deserializer<'de>>(from: D) -> Result<Bytes, D::Error> {
     parse_size(&String::deserialize(from)?).map_err(D::Error::custom)
 }
 
-fn duration<'de, D: Deserializer<'de>>(from: D) -> Result<Millis, D::Error> {
+pub(crate) fn duration<'de, D: Deserializer<'de>>(from: D) -> Result<Millis, D::Error> {
     let text = String::deserialize(from)?;
     let span = humantime::parse_duration(&text).map_err(|e| {
         D::Error::custom(format!(
@@ -573,7 +587,7 @@ fn duration<'de, D: Deserializer<'de>>(from: D) -> Result<Millis, D::Error> {
         .map_err(D::Error::custom)
 }
 
-fn credits<'de, D: Deserializer<'de>>(from: D) -> Result<Credits, D::Error> {
+pub(crate) fn credits<'de, D: Deserializer<'de>>(from: D) -> Result<Credits, D::Error> {
     String::deserialize(from)?.parse().map_err(D::Error::custom)
 }
 

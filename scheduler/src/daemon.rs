@@ -203,8 +203,11 @@ impl Daemon {
         let batches = gateway::batches::Batches::restore(&recovered.tables);
         let heads = witness::Heads::restore(&recovered.tables);
         drop(recovered);
-        let controller =
+        let mut controller =
             Controller::restore(config.controller(secret.clone()), clock.now(), &stored, accounts)?;
+        if controller.shares_stale() {
+            controller = recounted(controller, &writer).await?;
+        }
         // Member rows are named by their keys; what is no member's row is no member.
         let members = Members::default();
         for key in stored
@@ -483,6 +486,28 @@ fn listen_error(
 }
 
 /// Runs what blocks on the disk elsewhere. `None` when it panicked.
+/// The operator changed the half-life of fair share: the histories are counted anew, from the ledger.
+async fn recounted(mut controller: Controller, writer: &Writer) -> Result<Controller, DaemonError> {
+    let entries = writer.entries(0);
+    let counted = blocking(move || {
+        let mut failed = None;
+        let postings = entries.map_while(|entry| entry.map_err(|error| failed = Some(error)).ok());
+        let changes = controller.recount(postings.map(|entry| entry.posting));
+        match failed {
+            Some(error) => Err(error),
+            None => Ok((controller, changes)),
+        }
+    })
+    .await;
+    let (controller, changes) = counted.unwrap_or(Err(StoreError::Stopped))?;
+    tracing::info!(
+        institutions = changes.len(),
+        "fair share was counted anew from the ledger, with another half-life"
+    );
+    crate::mind::commit(writer, vec![karez_core::controller::Effect::Persist(changes)]).await?;
+    Ok(controller)
+}
+
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Option<T> {
     tokio::task::spawn_blocking(work).await.ok()
 }

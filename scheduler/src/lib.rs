@@ -16,6 +16,7 @@
 //! | `catalogue` | names of models |
 //! | `peers` | offers and summaries over the peer network |
 //! | `witness` | tree heads shown to other schedulers, cosigned for them, and forks found out |
+//! | [`pricing`] | what the operator counts into costs and shares |
 //! | `pins` | artifacts that unfinished jobs need, kept from eviction |
 //! | `limits` | how much one key may ask |
 //! | `monitor` | the plain listener for health checks and reflection |
@@ -31,6 +32,7 @@ mod mind;
 mod monitor;
 mod peers;
 mod pins;
+pub mod pricing;
 mod service;
 mod session;
 pub mod setup;

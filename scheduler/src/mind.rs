@@ -221,7 +221,7 @@ pub(crate) async fn run(shared: Arc<Shared>, mut queue: mpsc::Receiver<Input>) -
 }
 
 /// Writes the changes among `effects` and gives back the rest, in order.
-async fn commit(writer: &Writer, effects: Vec<Effect>) -> Result<Vec<Effect>, StoreError> {
+pub(crate) async fn commit(writer: &Writer, effects: Vec<Effect>) -> Result<Vec<Effect>, StoreError> {
     let mut rest = Vec::with_capacity(effects.len());
     let mut ops = Vec::new();
     let mut bytes = 0;

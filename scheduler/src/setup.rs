@@ -338,6 +338,18 @@ credits = "{budget}"
 # dispute_window = "7d"       # how long a receipt can be disputed; silence accepts
 # calls_per_second = 100      # of one key, after a burst of four times as many
 # watches_max = 64            # of one key at a time
+
+[placement]                   # what counts into the cost of finished work besides prices
+# carbon_price = "0.05"       # for a kilogram of CO2
+# carbon_max = 600            # no node where a kilowatt-hour weighs more grams
+# watts = {{ cuda = 400, cpu = 15 }}
+# grid.KE = {{ price = "0.2", grams = 100 }}   # of a kilowatt-hour; the price counts where capacity is free
+
+[fair]                        # whose turn it is when not all can run
+# half_life = "7d"            # after so long, use and contribution count half
+# donated = "0.1"             # what an hour of a donated device counts as
+# floor_percent = 50          # of everything, the same for all; the rest by contribution
+# grants = {{ uni-nairobi = 50 }}   # extra weight, in percent of an equal share
 "#,
         name = quoted(&options.name),
         gateway = *gateway_port != 0,

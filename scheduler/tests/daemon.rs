@@ -559,6 +559,7 @@ impl Node {
             issued_at: utc(),
             expires_at: utc().after(Millis(60_000)),
             state: NodeState::Open,
+            terms: Default::default(),
         };
         Signed::sign(offer, &self.secret)
     }

@@ -485,6 +485,7 @@ impl World {
         let span = if failed { span / 2 + 1 } else { span };
         let totals = WorkerMeters {
             loss_micro: 0,
+            loading: Millis::ZERO,
             cpu: Millis(span),
             memory_peak: Bytes(1 << 28),
             tokens_in: tokens / 2,
@@ -609,6 +610,7 @@ fn share(of: &WorkerMeters, part: u64, whole: u64) -> WorkerMeters {
     let cut = |value: u64| value * part / whole;
     WorkerMeters {
         loss_micro: 0,
+        loading: Millis(cut(of.loading.0)),
         cpu: Millis(cut(of.cpu.0)),
         memory_peak: of.memory_peak,
         tokens_in: cut(of.tokens_in),

@@ -11,7 +11,7 @@ use karez_core::{
     agent::{AgentConfig, OwnerPolicy},
     id::{Country, Institution, JobId},
     key::{NodeId, PublicKey, SecretKey},
-    records::{Device, Engine, WorkKind},
+    records::{DataClass, Device, Engine, Tier, WorkKind},
     unit::{Bytes, Credits, Rate, Speed},
 };
 use std::collections::BTreeSet;
@@ -160,6 +160,9 @@ fn listed_node(
         devices,
         speeds,
         refuses: Vec::new(),
+        isolation: Tier::LandlockSeccomp,
+        data: DataClass::Internal,
+        licences: Vec::new(),
         honest: lie.is_none(),
     };
     let owner = Owner {
@@ -222,6 +225,18 @@ fn draw_node(rng: &mut Rng, setup: &Setup, n: usize) -> (NodeProcess, TrueNode) 
         devices,
         speeds,
         refuses,
+        isolation: rng.pick(&[Tier::None, Tier::Seccomp, Tier::LandlockSeccomp, Tier::Container]),
+        data: rng.pick(&[
+            DataClass::Public,
+            DataClass::Internal,
+            DataClass::Internal,
+            DataClass::Sensitive,
+        ]),
+        licences: if rng.chance(150) {
+            vec!["apache-2.0".into(), "mit".into()]
+        } else {
+            Vec::new()
+        },
         honest: lie.is_none(),
     };
     let owner = Owner {
@@ -283,11 +298,13 @@ fn configure(rng: &mut Rng, setup: &Setup, n: usize, secret: SecretKey, truth: &
         cores: 16,
         memory: Bytes(64 << 30),
         isa: "x86-64-v3".into(),
-        isolation: "landlock+seccomp".into(),
+        isolation: truth.isolation.to_string(),
         policy: OwnerPolicy {
-            institutions: Vec::new(),
             institutions_excluded: truth.refuses.clone(),
-            work: Vec::new(),
+            licences: truth.licences.clone(),
+            data: truth.data,
+            local_first: setup.members.is_empty() && rng.chance(400),
+            ..OwnerPolicy::default()
         },
         offer_ttl: setup.timing.offer_ttl,
         heartbeat: setup.timing.heartbeat,

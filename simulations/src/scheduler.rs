@@ -70,6 +70,8 @@ impl SchedulerProcess {
             jobs_kept: setup.jobs_kept,
             device_time_max: Millis(24 * 3_600_000),
             dispute_window: karez_core::records::DISPUTE_WINDOW,
+            policy: setup.policy.clone(),
+            shares: setup.shares.clone(),
         };
         Self {
             id: config.id(),
@@ -198,6 +200,8 @@ impl World {
         self.summary.crashes += 1;
         let at = &mut self.schedulers[s];
         at.controller = None;
+        self.checker.scheduler_died(s);
+        let at = &mut self.schedulers[s];
         at.epoch += 1;
         at.sessions.clear();
         at.asked.clear();
@@ -336,7 +340,23 @@ impl World {
     }
 
     fn scheduler_says(&mut self, s: usize, node: karez_core::key::NodeId, message: ToNode) {
+        if self.sabotaged(Sabotage::SplitGang)
+            && let ToNode::Ask(ask) = &message
+            && ask.order.constraints.together
+            && ask.key.part % 2 == 1
+        {
+            return;
+        }
+        self.checker.clock(self.now);
         self.checker.to_node(s, node, &message);
+        if self.sabotaged(Sabotage::MoveAll)
+            && let ToNode::Renewed { renewals, .. } = &message
+        {
+            for (key, ..) in renewals.clone() {
+                let cause = "for no reason".into();
+                self.scheduler_says(s, node, ToNode::Move { key, cause });
+            }
+        }
         if !self.to_node_allowed(&message) {
             return;
         }
@@ -487,7 +507,7 @@ impl World {
                     let listed = !self.setup.members.is_empty();
                     let tight = !listed && order.credits_max < Credits(5 * Credits::ONE.0);
                     let priced = c.rate_max.is_some() || (c.donated_only && !listed);
-                    tight || priced || !(0..self.nodes.len()).any(|n| self.checker.node(n).could_run(order))
+                    tight || priced || !self.has_room(order)
                 })
             })
             .copied()
@@ -502,6 +522,23 @@ impl World {
                 self.cancel(user, job);
             }
         }
+    }
+
+    /// Some machine could run it, or for what runs all at once the machines of some site.
+    fn has_room(&self, order: &karez_core::records::Order) -> bool {
+        let nodes = (0..self.nodes.len()).map(|n| self.checker.node(n));
+        if !order.constraints.together {
+            return nodes.into_iter().any(|node| node.could_run(order));
+        }
+        let parts = order.items.div_ceil(u64::from(order.items_per_part.max(1)));
+        let mut sites = BTreeMap::new();
+        for node in nodes {
+            let room = sites
+                .entry((node.institution.clone(), node.country))
+                .or_insert(0u64);
+            *room += u64::from(node.room_for(order));
+        }
+        sites.values().any(|room| *room >= parts)
     }
 
     /// In the calm nothing takes minutes: what has been under way for so long is lost.

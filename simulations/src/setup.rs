@@ -3,7 +3,9 @@
 //! A world has members that are listed (as a scenario does), others drawn at random (as the seeded suites do), or both.
 use crate::{geo::Links, traces::azure::Request};
 use karez_core::{
+    fair::Shares,
     id::{Country, Institution},
+    placement::Policy,
     unit::{Bytes, Credits, Millis, Rate},
 };
 use std::sync::Arc;
@@ -56,6 +58,10 @@ pub struct Setup {
     pub jobs_kept: usize,
     /// How patient the daemons are.
     pub timing: Timing,
+    /// What schedulers count into the cost of finished work.
+    pub policy: Policy,
+    /// How they share fairly.
+    pub shares: Shares,
     /// Between two samples for the report; 0 for none.
     pub sample_ms: u64,
     /// Keep every entry of the books, to read them anew at the end.
@@ -310,6 +316,8 @@ impl Default for Setup {
             boot_ms: 5_000,
             jobs_kept: 10_000,
             timing: Timing::HASTY,
+            policy: Policy::default(),
+            shares: Shares::default(),
             sample_ms: 0,
             keep_books: true,
             trace: false,
@@ -412,6 +420,10 @@ pub enum Sabotage {
     DropSettled,
     /// Usages never leave a node.
     DropFinished,
+    /// Half of what should run together is not asked for.
+    SplitGang,
+    /// Everything is moved all the time.
+    MoveAll,
     /// Results never reach the scheduler's store, yet are reported as brought there.
     LoseResults,
 }

@@ -11,7 +11,7 @@ use karez_core::{
     artifact::{ArtifactKind, ArtifactRef},
     id::{Digest, JobId},
     key::{PublicKey, UserId},
-    records::{Constraints, Generate, Order, Signed, Verified, Work},
+    records::{Constraints, DataClass, Generate, Order, Signed, Tier, Verified, Work},
     unit::{Bytes, Credits, Rate, UtcMillis},
 };
 
@@ -331,6 +331,13 @@ impl World {
             _ => Credits(rng.between(5, 12) * Credits::ONE.0),
         };
         let owner = &self.users[user];
+        let mut constraints = draw_constraints(rng);
+        if !matches!(work, Work::Noop { .. }) {
+            constraints.licence = rng.pick(&["", "mit", "apache-2.0", "cc-by-nc-4.0"]).into();
+        }
+        if rng.chance(250) {
+            constraints.deadline = Some(UtcMillis(EPOCH + at + rng.between(2_000, 120_000)));
+        }
         Order {
             user: UserId(PublicKey::of(&owner.secret)),
             institution: owner.institution.clone(),
@@ -342,12 +349,14 @@ impl World {
                 kind: ArtifactKind::Blob,
             },
             items,
-            items_per_part: if rng.chance(500) {
+            items_per_part: if constraints.together {
+                items.div_ceil(rng.between(2, 4)) as u32
+            } else if rng.chance(500) {
                 rng.between(1, 30) as u32
             } else {
                 0
             },
-            constraints: draw_constraints(rng),
+            constraints,
             credits_max,
             attempts_max: rng.between(1, 6) as u32,
             nonce,
@@ -386,5 +395,15 @@ fn draw_constraints(rng: &mut Rng) -> Constraints {
     if rng.chance(20) {
         c.countries = vec![nowhere()];
     }
+    if rng.chance(100) {
+        c.isolation = rng.pick(&[Tier::Seccomp, Tier::LandlockSeccomp, Tier::Container]);
+    }
+    if rng.chance(80) {
+        c.data = rng.pick(&[DataClass::Internal, DataClass::Personal]);
+    }
+    if rng.chance(100) {
+        c.devices = rng.between(1, 2) as u32;
+    }
+    c.together = rng.chance(100);
     c
 }

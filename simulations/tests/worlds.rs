@@ -92,6 +92,8 @@ fn every_broken_promise_is_noticed() {
         (DropSettled, &["still holds"]),
         (DropFinished, &["for minutes", "still open"]),
         (LoseResults, &["never reached the scheduler"]),
+        (SplitGang, &["open parts were asked for"]),
+        (MoveAll, &["were moved within an hour"]),
     ] {
         let mut rules = Vec::new();
         let noticed = (0..30).any(|seed| {

@@ -84,6 +84,13 @@ Examples:
     /// Who owes whom among institutions, since when, and what would settle it
     #[command(after_help = "Example:\n  karez ledger netting --month 2026-11")]
     Netting(report::NettingArgs),
+    /// What each institution used and gave lately, and the share that follows:
+    /// anyone's recount of a scheduler's fair share
+    #[command(after_help = "\
+Examples:
+  karez ledger shares
+  karez ledger shares --file ledger.jsonl --half-life 14days")]
+    Shares(report::SharesArgs),
     /// Usage in the forms of other systems; users are pseudonyms
     #[command(after_help = "\
 Example:
@@ -181,6 +188,7 @@ pub(crate) async fn run(context: &Context, args: LedgerArgs) -> Result<()> {
         LedgerCommand::Verify(args) => check::command(context, &args),
         LedgerCommand::Statement(args) => report::statement(context, &args).await,
         LedgerCommand::Netting(args) => report::netting(context, &args).await,
+        LedgerCommand::Shares(args) => report::shares(context, &args).await,
         LedgerCommand::Usage(args) => report::usage(context, &args).await,
         LedgerCommand::Accept(args) => file::accept(context, &args).await,
         LedgerCommand::Dispute(args) => file::dispute(context, &args).await,

@@ -8,7 +8,13 @@ use crate::{
 };
 use anyhow::{Context as _, Result};
 use clap::{Args, ValueEnum};
-use karez_core::{id::Institution, key::SchedulerId, money::Account};
+use karez_core::{
+    fair::{FairShare, Shares},
+    id::Institution,
+    key::SchedulerId,
+    money::Account,
+    unit::{Credits, Millis, Rate},
+};
 use karez_ledger::{
     Entry, Summary,
     note::Note,
@@ -264,6 +270,85 @@ fn print_netting(
     for t in netting.transfers() {
         out.line(format!("{} pays {} {}", t.from, t.to, owed(t.credits)));
     }
+}
+
+/// `karez ledger shares`.
+#[derive(Debug, Args)]
+pub(super) struct SharesArgs {
+    /// The half-life to count with: that of the scheduler's [fair] half_life
+    #[arg(long, value_name = "TIME", default_value = "7days", value_parser = crate::options::span)]
+    half_life: Millis,
+    /// Credits that an hour of a donated device counts as: [fair] donated
+    #[arg(long, value_name = "CREDITS", default_value = "0.1")]
+    donated: Credits,
+    /// The part that is the same for all, in percent: [fair] floor_percent
+    #[arg(long, value_name = "PERCENT", default_value_t = 50, value_parser = clap::value_parser!(u32).range(0..=100))]
+    floor: u32,
+    /// Extra weight of an institution, in percent of an equal share: [fair.grants]
+    #[arg(long = "grant", value_name = "NAME=PERCENT", value_parser = grant)]
+    grants: Vec<(Institution, u32)>,
+    #[command(flatten)]
+    source: Source,
+}
+
+fn grant(text: &str) -> Result<(Institution, u32), String> {
+    let (name, percent) = text
+        .split_once('=')
+        .ok_or_else(|| format!("{text:?} is not NAME=PERCENT, like uni-nairobi=50"))?;
+    let name = name
+        .parse()
+        .map_err(|e: karez_core::id::NameError| e.to_string())?;
+    let percent = percent.parse().ok().filter(|p| *p <= 10_000);
+    let percent = percent.ok_or_else(|| format!("{text:?}: the percent must be 0 to 10000"))?;
+    Ok((name, percent))
+}
+
+pub(super) async fn shares(context: &Context, args: &SharesArgs) -> Result<()> {
+    let mut fair = FairShare::new(Shares {
+        half_life: args.half_life,
+        donated: Rate(args.donated.0),
+        floor_percent: args.floor,
+        grants_percent: args.grants.iter().cloned().collect(),
+    });
+    let summary = walk(context, &args.source, &mut |entry| {
+        fair.note_posting(&entry.posting);
+        Ok(())
+    })
+    .await?;
+    let at = summary.created;
+    let out = context.out;
+    let standings = fair.standings(at);
+    if out.json {
+        for s in standings {
+            out.json(&json!({
+                "institution": s.institution.as_str(), "used_microcredits": s.used.0,
+                "given_microcredits": s.given.0, "target_ppm": s.target_ppm,
+            }));
+        }
+        return Ok(());
+    }
+    out.line(format!(
+        "what each institution used of others and gave to others, {}",
+        moment(at.0)
+    ));
+    let mut table = Table::new(&[
+        ("INSTITUTION", Column::Cut),
+        ("USED", Column::Right),
+        ("GIVEN", Column::Right),
+        ("TARGET", Column::Right),
+    ]);
+    for s in standings {
+        let credits =
+            |amount: Credits| crate::out::signed_credits(i64::try_from(amount.0).unwrap_or(i64::MAX));
+        table.row(vec![
+            s.institution.to_string(),
+            credits(s.used),
+            credits(s.given),
+            format!("{}.{:02} %", s.target_ppm / 10_000, s.target_ppm / 100 % 100),
+        ]);
+    }
+    out.table(&table);
+    Ok(())
 }
 
 pub(super) async fn usage(context: &Context, args: &UsageArgs) -> Result<()> {

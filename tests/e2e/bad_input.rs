@@ -20,6 +20,16 @@ fn bad_input_is_named_and_changes_nothing() {
         .refused(5, &["price", "0.25"]);
     net.run(&["generate", "--country", "KE", "--exclude-country", "KE", "hello"])
         .refused(3, &["KE"]);
+    net.run(&["generate", "--data", "personal", "hello"])
+        .refused(5, &["data class", "internal"]);
+    net.run(&["generate", "--isolation", "machine", "hello"])
+        .refused(5, &["isolation"]);
+    net.run(&["generate", "--isolation", "bubble", "hello"])
+        .refused(2, &["bubble", "landlock+seccomp"]);
+    net.run(&["generate", "--devices", "64", "hello"])
+        .refused(5, &["number of devices"]);
+    net.run(&["generate", "--deadline", "1ms", "hello"])
+        .refused(3, &["deadline"]);
     net.run(&["generate", "--max-cost", "1000000", "hello"])
         .refused(5, &["budget", "--max-cost"]);
     net.run(&["generate", "--country", "Kenya", "hello"])

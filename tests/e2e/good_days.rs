@@ -36,6 +36,46 @@ fn a_prompt_is_answered_and_billed_and_the_books_hold() {
     assert_eq!(fs::read_to_string(out).unwrap().lines().count(), 1);
 }
 
+#[test]
+fn a_deadline_parts_together_and_a_recount_of_shares() {
+    let net = Net::up();
+    net.run(&[
+        "generate",
+        "--max-tokens",
+        "8",
+        "--together",
+        "--deadline",
+        "1h",
+        "--data",
+        "internal",
+        "Why should I wash my hands?",
+    ])
+    .ok();
+    let jobs = net.run(&["jobs", "--all", "--json"]).ok().json();
+    let job = net.job(&find_id(&jobs));
+    assert_eq!(job["state"], "done", "{job}");
+    // Anyone can recount from an export what the scheduler counted.
+    let export = net.path("ledger.jsonl");
+    let export = export.to_str().unwrap();
+    net.run(&["ledger", "export", "-o", export]).ok();
+    let shares = net
+        .run(&["ledger", "shares", "--file", export, "--json"])
+        .ok()
+        .out;
+    let given: u64 = shares
+        .lines()
+        .map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap())
+        .map(|line| line["given_microcredits"].as_u64().unwrap())
+        .sum();
+    let spent = job["spent_microcredits"].as_u64().unwrap();
+    // Work for oneself is not counted.
+    assert!(
+        given == 0 || given.abs_diff(spent) <= 1 + spent / 100,
+        "{shares} {spent}"
+    );
+    net.run(&["ledger", "shares"]).ok();
+}
+
 fn find_id(jobs: &serde_json::Value) -> String {
     let list = jobs.as_array().or_else(|| jobs["jobs"].as_array()).unwrap();
     list[0]["job"].as_str().unwrap().to_owned()

@@ -11,7 +11,7 @@ use crate::{
     id::LeaseKey,
     key::SchedulerId,
     prelude::*,
-    records::{Lease, NodeState, Outcome, Signed, Usage},
+    records::{Lease, NodeState, Outcome, Signed, Tier, Usage},
     store::{Change, put},
     unit::{Millis, Now},
 };
@@ -135,8 +135,8 @@ impl Agent {
         {
             return mismatch("the part lies outside the order's items");
         }
-        if ask.devices == 0 {
-            return mismatch("no device is asked for");
+        if ask.devices != order.constraints.devices() {
+            return mismatch("another number of devices is asked for than the order wants");
         }
         if let Some(seen) = self.fences.get(&(ask.key.job, ask.key.part))
             && seen.fence >= ask.key.fence
@@ -148,21 +148,31 @@ impl Agent {
             state => return policy(format!("the node is {}", state.as_str())),
         }
         let rules = &self.config.policy;
-        if (!rules.institutions.is_empty() && !rules.institutions.contains(&order.institution))
-            || rules.institutions_excluded.contains(&order.institution)
-        {
+        if !rules.serves(&order.institution) {
             return policy(format!("users of {} are not served here", order.institution));
         }
         let kind = order.work.kind();
-        if !rules.work.is_empty() && !rules.work.contains(&kind) {
+        if !rules.does(kind) {
             return policy(format!("{} is not served here", kind.as_str()));
+        }
+        let c = &order.constraints;
+        if !rules.licensed(&c.licence, order.work.model().is_some()) {
+            return policy(match c.licence.as_str() {
+                "" => "models of unknown licence are not run here".into(),
+                name => format!("models under {name} are not run here"),
+            });
+        }
+        if c.data > rules.data {
+            return policy(format!("{} data is not taken here", c.data));
+        }
+        if Tier::of_offer(&self.config.isolation) < c.isolation {
+            return mismatch("the order wants stronger isolation than this machine has");
         }
         if !self.config.engines.iter().any(|e| e.work == kind) {
             return Err(Refusal::Unable {
                 why: format!("no engine for {}", kind.as_str()),
             });
         }
-        let c = &order.constraints;
         if (!c.countries.is_empty() && !c.countries.contains(&self.config.country))
             || c.countries_excluded.contains(&self.config.country)
         {
@@ -178,6 +188,9 @@ impl Agent {
                 why: format!("there is no device of class {}", ask.device_class),
             });
         };
+        if !device.class.starts_with(c.device.as_str()) || device.memory < c.memory {
+            return mismatch("the order excludes this device");
+        }
         if ask.rate < device.rate {
             return Err(Refusal::Price { now: device.rate });
         }

@@ -154,6 +154,12 @@ impl Holding {
         let device_ms = self.device_ms(now);
         Meters {
             device_ms,
+            loading: DeviceMillis(
+                w.loading
+                    .0
+                    .saturating_mul(self.lease.devices.into())
+                    .min(device_ms.0),
+            ),
             cpu: w.cpu,
             memory_peak: w.memory_peak,
             memory_byte_seconds: w
@@ -423,6 +429,12 @@ impl Agent {
                 }
             }
             ToNode::Stop { key, cause } => self.stop_for(now, from, key, cause, out),
+            ToNode::Move { key, cause } => {
+                if self.mine(&key, from).is_some() {
+                    let grace = self.config.reclaim_grace;
+                    self.stop(now, key, Outcome::Reclaimed, cause, true, grace, out);
+                }
+            }
             ToNode::Settled { key, receipt, why } => {
                 if self
                     .mine(&key, from)

@@ -11,6 +11,7 @@ mod mind;
 mod tests;
 mod upkeep;
 
+pub use crate::records::OwnerPolicy;
 pub use mind::{Agent, AgentStatus};
 
 use crate::{
@@ -19,7 +20,7 @@ use crate::{
     id::{Country, Digest, Institution, LeaseKey},
     key::{SchedulerId, SecretKey},
     prelude::*,
-    records::{Device, Engine, Offer, Order, Verified, WorkKind},
+    records::{Device, Engine, Offer, Order, Verified},
     store::Change,
     unit::{Bytes, Millis},
 };
@@ -59,20 +60,11 @@ pub struct AgentConfig {
     pub reclaim_grace: Millis,
 }
 
-/// What the owner allows.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct OwnerPolicy {
-    /// Users of these institutions only; empty for all.
-    pub institutions: Vec<Institution>,
-    /// Never users of these institutions.
-    pub institutions_excluded: Vec<Institution>,
-    /// These kinds of work only; empty for all.
-    pub work: Vec<WorkKind>,
-}
-
 /// What the worker has used so far.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct WorkerMeters {
+    /// Time until its model was ready.
+    pub loading: Millis,
     /// CPU time.
     pub cpu: Millis,
     /// Largest resident memory.

@@ -1,5 +1,6 @@
 //! The agent alone, event by event: what it promises, what it keeps, what it says.
 use super::*;
+use crate::records::{DataClass, Tier, WorkKind};
 use crate::{
     artifact::{ArtifactKind, ArtifactRef},
     exchange::{Held, LeaseAsk, Phase},
@@ -303,6 +304,36 @@ fn a_lease_is_granted_by_the_owners_policy_and_the_users_word() {
             "refused: the ask does not match its order: the part lies outside",
         ),
         (
+            "two devices for one",
+            with(|o| o.constraints.devices = 2),
+            |_| {},
+            "refused: the ask does not match its order: another number of devices",
+        ),
+        (
+            "two devices",
+            with(|o| o.constraints.devices = 2),
+            |a| a.devices = 2,
+            "granted, start",
+        ),
+        (
+            "people's data",
+            with(|o| o.constraints.data = DataClass::Personal),
+            |_| {},
+            "refused: the owner's policy: personal data is not taken here",
+        ),
+        (
+            "better isolation",
+            with(|o| o.constraints.isolation = Tier::Seccomp),
+            |_| {},
+            "refused: the ask does not match its order: the order wants stronger isolation",
+        ),
+        (
+            "another device",
+            with(|o| o.constraints.device = "cpu".into()),
+            |_| {},
+            "refused: the ask does not match its order: the order excludes this device",
+        ),
+        (
             "overflowing items",
             with(|_| {}),
             |a| a.first_item = u64::MAX,
@@ -360,7 +391,7 @@ fn a_lease_is_granted_by_the_owners_policy_and_the_users_word() {
         ),
         (
             "too many devices",
-            with(|_| {}),
+            with(|o| o.constraints.devices = 3),
             |a| a.devices = 3,
             "refused: no free gpu device",
         ),

@@ -169,6 +169,7 @@ impl Agent {
             issued_at: now.utc,
             expires_at: now.utc.after(c.offer_ttl),
             state: self.state,
+            terms: c.policy.clone(),
         };
         out.push(Effect::Advertise(Signed::sign(offer, &c.secret)));
     }

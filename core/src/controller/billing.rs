@@ -8,11 +8,12 @@ use crate::{
     exchange::{FinishedLease, ToNode},
     id::LeaseKey,
     key::NodeId,
+    market::Shown,
     money::{Account, Posting, PostingKind},
     prelude::*,
     records::{Flag, Meters, Outcome, Receipt, Signed, Verified, WorkKind, check_trail},
     store::{Change, put},
-    unit::{Credits, DeviceMillis, Millis, Now, Rate, Speed},
+    unit::{Credits, DeviceMillis, Millis, Now, Rate},
 };
 
 /// How much longer than we saw a node may say it worked before the receipt remarks on it: clocks and messages
@@ -37,6 +38,7 @@ impl Controller {
             return;
         }
         self.release_claim(&key, node);
+        let moved = self.moving.remove(&key);
         // Only an attempt that still stands can come to nothing here: one given up before was counted then.
         let stands = self.is_wanted(&key) && self.placed_on(&key, node);
         let settled = |why: String| {
@@ -72,7 +74,16 @@ impl Controller {
                         why: String::new(),
                     },
                 ));
-                self.follow(now, key, node, &finished, done, credits, stands, out);
+                self.follow(
+                    now,
+                    key,
+                    node,
+                    &finished,
+                    done,
+                    credits,
+                    Standing { stands, moved },
+                    out,
+                );
             }
             Err(why) => {
                 // The trail holds, but the book refuses: the part must not be lost over it.
@@ -106,9 +117,9 @@ impl Controller {
         let same = lease.first_item == part.first_item
             && lease.items == part.items
             && lease.device_class == plan.chosen.device_class
-            && lease.devices == 1
+            && lease.devices == job.order.constraints.devices()
             && lease.rate <= plan.chosen.rate
-            && lease.device_ms_max <= self.limit_of(plan.chosen.rate, part)
+            && lease.device_ms_max <= self.limit_of(plan.chosen.rate, part, lease.devices)
             && self
                 .members
                 .get(&node.0)
@@ -217,9 +228,10 @@ impl Controller {
         finished: &FinishedLease,
         done: bool,
         credits: Credits,
-        stands: bool,
+        standing: Standing,
         out: &mut Vec<Effect>,
     ) {
+        let Standing { stands, moved } = standing;
         let usage = &finished.usage;
         let Some(job) = self.jobs.get_mut(&key.job) else {
             return;
@@ -239,7 +251,9 @@ impl Controller {
         }
         let reclaimed = usage.outcome == Outcome::Reclaimed;
         if done || reclaimed {
-            self.market.note_watched(&node, usage.meters.device_ms, reclaimed);
+            // What this scheduler called back says nothing about the owner.
+            self.market
+                .note_watched(&node, usage.meters.device_ms, reclaimed && !moved);
         }
         if done {
             part.result = usage.result;
@@ -276,14 +290,12 @@ impl Controller {
                 {
                     part.left = usage.result.or(part.left);
                 }
-                self.retry(
-                    now,
-                    key,
-                    &node,
-                    format!("{name} was taken back by its owner"),
-                    false,
-                    out,
-                )
+                let why = if moved {
+                    format!("{name} let it go, to go on elsewhere")
+                } else {
+                    format!("{name} was taken back by its owner")
+                };
+                self.retry(now, key, &node, why, false, out)
             }
             _ => {
                 self.market.note_failure(&node);
@@ -298,16 +310,22 @@ impl Controller {
     }
 }
 
-/// Speed shown by a finished lease; too short ones tell nothing.
-fn measured(kind: WorkKind, meters: &Meters) -> Option<Speed> {
+/// How an attempt stood when its node's last word came.
+struct Standing {
+    /// Nothing had replaced or ended it.
+    stands: bool,
+    /// It had been called back from here.
+    moved: bool,
+}
+
+/// What a finished lease showed of its node's speed. Loading its model does not count: the next lease may find it
+/// warm, and the longer the work the less it matters.
+fn measured(kind: WorkKind, meters: &Meters) -> Option<Shown> {
     let units = match kind {
         // A no-op's time is given, not achieved; a training token costs as much as its model is large.
         WorkKind::Noop | WorkKind::Train => return None,
         WorkKind::Embed | WorkKind::Generate => meters.tokens_in.saturating_add(meters.tokens_out),
     };
-    if meters.device_ms.0 < 50 || units == 0 {
-        return None;
-    }
-    let milli = u128::from(units) * 1_000_000 / u128::from(meters.device_ms.0);
-    Some(Speed(u64::try_from(milli).unwrap_or(u64::MAX)))
+    let time = meters.device_ms.saturating_sub(meters.loading);
+    (time.0 > 0 && units > 0).then_some(Shown { units, time })
 }

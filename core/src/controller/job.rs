@@ -89,6 +89,9 @@ pub struct Job {
     /// Stored row by row, beside the job.
     #[serde(skip)]
     pub parts: Vec<Part>,
+    /// How long its largest part is expected to take where it would be quickest; unknown until somewhere could run it.
+    #[serde(skip)]
+    pub(super) takes: Option<Millis>,
 }
 
 /// Bytes of the model that speeds of training are told for.
@@ -141,6 +144,9 @@ pub struct Part {
     /// Loss of its latest training step, in millionths of a nat.
     #[serde(skip)]
     pub loss_micro: u64,
+    /// How often it was moved from one place to another.
+    #[serde(skip)]
+    pub(super) moves: u32,
     /// Not to be placed before.
     #[serde(skip)]
     pub(super) not_before: MonoMillis,
@@ -198,6 +204,7 @@ impl Job {
                     items_done: 0,
                     tokens: 0,
                     loss_micro: 0,
+                    moves: 0,
                     not_before: MonoMillis::ZERO,
                 }
             })
@@ -215,6 +222,7 @@ impl Job {
             spent: Credits::ZERO,
             log: Vec::new(),
             parts,
+            takes: None,
         }
     }
 

@@ -2,7 +2,7 @@
 use super::mind::{CLOCK_SKEW_MAX, Controller, SPENT};
 use super::placing::request;
 use super::{
-    Denial, Effect,
+    Denial, Effect, deadline,
     job::{JOBS, Job, JobState, PARTS, part_row},
     user,
 };
@@ -13,9 +13,9 @@ use crate::{
     money::{Account, Posting, PostingKind},
     placement::{self},
     prelude::*,
-    records::{Order, Role, Verified},
+    records::{Order, Role, Verified, Work},
     store::{Change, put},
-    unit::{Credits, Millis, Now},
+    unit::{Credits, Millis, Now, Rate, UtcMillis},
 };
 
 /// How long an order may be acceptable: its job, once dropped from the list, is remembered that long.
@@ -61,7 +61,7 @@ impl Controller {
         if self.spent.contains(&id) {
             return no("was carried out before and is no longer listed: submit a new one");
         }
-        contradictions(&order)?;
+        contradictions(now.utc, &order)?;
         self.forget_spent(now, out);
         if self.spent.len() >= SPENT_MAX {
             return Err(Denial::Queue {
@@ -76,11 +76,7 @@ impl Controller {
                 max: self.config.jobs_open_max,
             });
         }
-        let mine = self
-            .jobs
-            .values()
-            .filter(|j| j.order.user == order.user && !j.state.ended())
-            .count();
+        let mine = self.open_of.get(&order.user).map_or(0, BTreeSet::len);
         if mine >= self.config.jobs_open_user_max {
             return Err(Denial::Queue {
                 open: mine,
@@ -112,6 +108,10 @@ impl Controller {
         );
         if !wait && let Some(first) = job.parts.first() {
             let request = request(&job.order, first.items, first.ceiling, &[]);
+            let request = placement::Request {
+                within: deadline::left(&job, now.utc),
+                ..request
+            };
             if let Err(refusal) = placement::place(&self.market, &request, &self.policy)
                 && !refusal.passes_with_time()
             {
@@ -232,6 +232,7 @@ impl Controller {
 
     /// The job has ended: its row says so, escrow is emptied, and the oldest ended jobs make room.
     pub(super) fn close(&mut self, now: Now, id: JobId, out: &mut Vec<Effect>) {
+        self.let_go(&id);
         let Some(job) = self.jobs.get_mut(&id) else { return };
         job.changed_at = now.utc;
         let text = if job.cause.is_empty() {
@@ -304,6 +305,14 @@ impl Controller {
         }
         if job.state.ended() {
             self.ended.insert(place);
+            if let Some(open) = self.open_of.get_mut(&job.order.user) {
+                open.remove(&id);
+                if open.is_empty() {
+                    self.open_of.remove(&job.order.user);
+                }
+            }
+        } else {
+            self.open_of.entry(job.order.user).or_default().insert(id);
         }
     }
 
@@ -349,7 +358,7 @@ impl Controller {
 }
 
 /// Wishes that no market could ever meet.
-pub(super) fn contradictions(order: &Order) -> Result<(), Denial> {
+pub(super) fn contradictions(now: UtcMillis, order: &Order) -> Result<(), Denial> {
     let c = &order.constraints;
     let no = |why: String| Err(Denial::Order(why));
     if !c.countries.is_empty() && c.countries.iter().all(|code| c.countries_excluded.contains(code)) {
@@ -366,6 +375,30 @@ pub(super) fn contradictions(order: &Order) -> Result<(), Denial> {
         return no(format!(
             "contradicts itself: every institution it allows is also excluded ({})",
             c.institutions[0]
+        ));
+    }
+    if let Some(deadline) = c.deadline
+        && deadline <= now
+    {
+        return no(format!(
+            "contradicts itself: its deadline lies {} s in the past",
+            (now.0 - deadline.0).div_ceil(1_000)
+        ));
+    }
+    if c.together && order.work.in_sequence() {
+        return no("contradicts itself: its parts follow each other, and should run together".into());
+    }
+    if let Some(rate) = c.rate_max.filter(|rate| c.donated_only && *rate > Rate::FREE) {
+        return no(format!(
+            "contradicts itself: only donated capacity is wanted, and up to {rate} is offered for it"
+        ));
+    }
+    if let Work::Noop { .. } = order.work
+        && !c.licence.is_empty()
+    {
+        return no(format!(
+            "contradicts itself: it runs no model, yet names the licence {} of one",
+            c.licence
         ));
     }
     Ok(())

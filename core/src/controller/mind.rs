@@ -4,20 +4,22 @@ use super::{
     ControllerConfig, Effect, Event, Member, Reply,
     accounting::{ANSWERS, Books, GRANTS, LIMITS, PAYMENTS, RATES},
     admission::{INVITATIONS, MEMBERS, Redeemed},
+    gang::Kept,
     guide::Guide,
     job::{JOBS, Job, PARTS, Part},
     keys::{DELEGATIONS, REVOKED},
+    moving::{Moves, Room},
 };
 use crate::{
     fair::FairShare,
     id::{Digest, Institution, JobId, LeaseKey, RecordId},
-    key::{NodeId, PublicKey, SchedulerId},
+    key::{NodeId, PublicKey, SchedulerId, UserId},
     market::Market,
-    money::Accounts,
+    money::{Accounts, Posting},
     placement::{Plan, Policy},
     prelude::*,
     records::{Delegation, Verified},
-    store::{Stored, StoredError, read},
+    store::{Change, Stored, StoredError, put, read},
     unit::{Credits, DeviceMillis, Millis, MonoMillis, Now, Rate, UtcMillis},
 };
 pub(super) const SPENT: &str = "spent";
@@ -47,6 +49,8 @@ pub struct Controller {
     pub(super) jobs: BTreeMap<JobId, Job>,
     /// Unfinished jobs with parts to place, oldest first.
     pub(super) queue: BTreeSet<(UtcMillis, JobId)>,
+    /// Unfinished jobs of each user.
+    pub(super) open_of: BTreeMap<UserId, BTreeSet<JobId>>,
     /// Ended jobs, oldest first: what is dropped when too many are kept.
     pub(super) ended: BTreeSet<(UtcMillis, JobId)>,
     /// Devices we believe are held for us, whether we still want them or not.
@@ -68,6 +72,21 @@ pub struct Controller {
     pub(super) judged: u64,
     /// Whose turn it is.
     pub(super) fair: FairShare,
+    /// Stored histories were counted with another half-life.
+    pub(super) shares_stale: bool,
+    /// What is kept for jobs that run all at once.
+    pub(super) kept: BTreeMap<JobId, Kept>,
+    /// Attempts that were called back, until their nodes' last word.
+    pub(super) moving: BTreeSet<LeaseKey>,
+    /// How often work of each institution was moved lately.
+    pub(super) moves: Moves,
+    /// Devices that guests leave for their institution's own people.
+    pub(super) rooms: Vec<Room>,
+    /// Machines whose owners want that, by institution.
+    pub(super) locals: BTreeMap<Institution, BTreeSet<NodeId>>,
+    /// When better places are looked for again, and from which attempt on.
+    pub(super) improve_at: MonoMillis,
+    pub(super) improved: LeaseKey,
     /// What the slow path last advised, if anything is scarce.
     pub(super) guide: Option<Guide>,
     /// When it may be asked again.
@@ -112,10 +131,11 @@ impl Controller {
     ) -> Result<Self, StoredError> {
         let id = config.id();
         let mut c = Self {
+            policy: config.policy.clone(),
+            market: Market::new(config.policy.clone()),
+            fair: FairShare::new(config.shares.clone()),
             config,
             id,
-            policy: Policy::default(),
-            market: Market::new(Policy::default()),
             members: BTreeMap::new(),
             invitations: BTreeMap::new(),
             delegations: BTreeMap::new(),
@@ -124,6 +144,7 @@ impl Controller {
             books: Books::default(),
             jobs: BTreeMap::new(),
             queue: BTreeSet::new(),
+            open_of: BTreeMap::new(),
             ended: BTreeSet::new(),
             claims: BTreeMap::new(),
             claims_of: BTreeMap::new(),
@@ -135,7 +156,18 @@ impl Controller {
             retry_at: None,
             look_at: MonoMillis::ZERO,
             judged: 0,
-            fair: FairShare::default(),
+            shares_stale: false,
+            kept: BTreeMap::new(),
+            moving: BTreeSet::new(),
+            moves: Moves::default(),
+            rooms: Vec::new(),
+            locals: BTreeMap::new(),
+            improve_at: MonoMillis::ZERO,
+            improved: LeaseKey {
+                job: JobId(Digest([0; 32])),
+                part: 0,
+                fence: 0,
+            },
             guide: None,
             guide_at: MonoMillis::ZERO,
         };
@@ -200,7 +232,9 @@ impl Controller {
                 SHARES => {
                     let name = core::str::from_utf8(&pair.key).ok().and_then(|n| n.parse().ok());
                     let name = name.ok_or_else(|| bad(pair, "the key is no institution"))?;
-                    c.fair.restore(name, read(pair)?);
+                    if !c.fair.restore(name, read(pair)?) {
+                        c.shares_stale = true;
+                    }
                 }
                 _ => {}
             }
@@ -227,6 +261,28 @@ impl Controller {
             }
         }
         Ok(c)
+    }
+
+    /// The stored histories of use and contribution were counted with another half-life: count them anew with
+    /// [`Self::recount`] before the first event.
+    pub fn shares_stale(&self) -> bool {
+        self.shares_stale
+    }
+
+    /// Counts the histories of use and contribution from the postings of the book, in any order, and gives what to
+    /// store.
+    pub fn recount(&mut self, postings: impl Iterator<Item = Posting>) -> Vec<Change> {
+        let mut fair = FairShare::new(self.config.shares.clone());
+        for posting in postings {
+            fair.note_posting(&posting);
+        }
+        fair.take_running(&mut self.fair);
+        self.fair = fair;
+        self.shares_stale = false;
+        let accounts = self.fair.accounts();
+        accounts
+            .map(|(name, account)| put(SHARES, name.as_str().as_bytes(), account))
+            .collect()
     }
 
     /// When the next [`Event::Tick`] is due at the latest.
@@ -300,6 +356,7 @@ impl Controller {
             self.look_again = false;
             self.judged = 0;
             self.place_all(now, out);
+            self.make_room(now, out);
             let gap = (self.judged / JUDGEMENTS_PER_MS).min(LOOK_GAP_MAX);
             self.look_at = now.mono.after(Millis(gap));
         }
@@ -324,6 +381,7 @@ impl Controller {
             self.market.note_failure(&claim.node);
             self.lost(now, key, &claim.node, why, out);
         }
+        self.improve(now, out);
         if self.retry_at.is_some_and(|at| at <= now.mono) {
             self.retry_at = None;
             self.look_again = true;
@@ -362,7 +420,8 @@ impl Controller {
     }
 
     /// Device time one lease of that part may bill.
-    pub(super) fn limit_of(&self, rate: Rate, part: &Part) -> DeviceMillis {
-        device_limit(rate, part.ceiling, self.config.device_time_max)
+    pub(super) fn limit_of(&self, rate: Rate, part: &Part, devices: u32) -> DeviceMillis {
+        let longest = self.config.device_time_max.0.saturating_mul(devices.into());
+        device_limit(rate, part.ceiling, Millis(longest))
     }
 }

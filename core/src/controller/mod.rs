@@ -8,11 +8,14 @@
 mod accounting;
 mod admission;
 mod billing;
+mod deadline;
+mod gang;
 mod guide;
 mod job;
 mod jobs;
 mod keys;
 mod mind;
+mod moving;
 mod nodes;
 mod placing;
 #[cfg(test)]
@@ -25,10 +28,12 @@ pub use job::{Job, JobState, Part, PartState};
 pub use jobs::{ORDER_LIFE_MAX, SPENT_MAX};
 pub use keys::KEYS_OF_USER_MAX;
 pub use mind::Controller;
+pub use moving::MOVES_MAX;
 pub use view::{Explanation, JobView, LogLine, NodeStatus, PartView, Start};
 
 use crate::{
     exchange::{ToNode, ToScheduler},
+    fair::Shares,
     id::{Institution, JobId, RecordId},
     key::{NodeId, PublicKey, SchedulerId, SecretKey, UserId},
     money::PostingError,
@@ -68,6 +73,10 @@ pub struct ControllerConfig {
     pub device_time_max: Millis,
     /// How long a receipt can be disputed.
     pub dispute_window: Millis,
+    /// The constants of the cost of finished work.
+    pub policy: placement::Policy,
+    /// The constants of fair share.
+    pub shares: Shares,
 }
 
 /// Who may join.

@@ -6,7 +6,7 @@ use super::{
 };
 use crate::{
     exchange::{Held, Phase, Refusal, Report, ToNode, ToScheduler},
-    id::LeaseKey,
+    id::{Institution, LeaseKey},
     key::{NodeId, PublicKey},
     market::OfferError,
     prelude::*,
@@ -51,11 +51,14 @@ impl Controller {
                 "speaks for {}, but the node was admitted to {}",
                 offer.institution, m.institution
             ))),
-            Some(_) => self
-                .market
-                .hear(now, from, offer)
-                .err()
-                .map(|e: OfferError| Denial::Offer(e.to_string())),
+            Some(_) => {
+                let (node, whose, local) = (offer.node, offer.institution.clone(), offer.terms.local_first);
+                let heard = self.market.hear(now, from, offer);
+                if heard.is_ok() {
+                    self.note_local(node, whose, local);
+                }
+                heard.err().map(|e: OfferError| Denial::Offer(e.to_string()))
+            }
         };
         let reply = match denial {
             Some(denial) => {
@@ -68,6 +71,18 @@ impl Controller {
             }
         };
         out.push(Effect::Reply(request, reply));
+    }
+
+    /// Whether that machine's owner wants guests to leave for the institution's own people.
+    fn note_local(&mut self, node: NodeId, whose: Institution, local: bool) {
+        if local {
+            self.locals.entry(whose).or_default().insert(node);
+        } else if let Some(nodes) = self.locals.get_mut(&whose) {
+            nodes.remove(&node);
+            if nodes.is_empty() {
+                self.locals.remove(&whose);
+            }
+        }
     }
 
     /// Counts an offer that the shell refused before it could become an event: bad signature, over a cap.
@@ -149,6 +164,11 @@ impl Controller {
                 self.market.note_failure(&node);
                 self.lost(now, key, &node, why, out);
                 continue;
+            }
+            if self.moving.contains(&key) && held.phase != Phase::Finished {
+                // The word may have been lost with the last session.
+                let cause = "it goes on elsewhere".into();
+                out.push(Effect::Send(node, ToNode::Move { key, cause }));
             }
             renewals.push((key, now.utc.after(until), until));
             self.progress(now, held, out);
@@ -298,7 +318,9 @@ impl Controller {
             }
         }
         self.hold_back(now.mono.after(Millis(BACKOFF.0 / 10)));
+        self.moving.remove(&key);
         self.set_part(now, &key, JobState::Queued, format!("{name} refused: {why}"), out);
+        self.regroup(key.job, out);
     }
 
     /// An attempt came to nothing without the node's word. The part goes back to the queue, or the job fails.
@@ -311,6 +333,7 @@ impl Controller {
         out: &mut Vec<Effect>,
     ) {
         self.look_again = true;
+        // Called back and then lost from sight: that is no failure of the work.
         if self.is_wanted(&key) {
             self.retry(now, key, node, why, true, out);
         }
@@ -326,6 +349,7 @@ impl Controller {
         counts: bool,
         out: &mut Vec<Effect>,
     ) {
+        self.moving.remove(&key);
         let Some(job) = self.jobs.get_mut(&key.job) else {
             return;
         };
@@ -347,6 +371,7 @@ impl Controller {
             return;
         }
         self.set_part(now, &key, JobState::Queued, why, out);
+        self.regroup(key.job, out);
     }
 }
 

@@ -2,6 +2,7 @@
 use super::mind::{BACKOFF, Claim, Controller};
 use super::{
     Effect,
+    deadline::{self, Urgency},
     guide::shape_of,
     job::{Job, JobState},
 };
@@ -23,6 +24,19 @@ use core::cmp::Reverse;
 
 /// A part that found no other node for so long tries those again that failed at it.
 const FORGIVE_AFTER: Millis = Millis(60_000);
+
+/// What there is for a part whose job may have a deadline.
+pub(super) enum InTime<T> {
+    /// This.
+    Found(T),
+    /// Nothing now, but these would end it in time were they free; and why they and the others do not do.
+    Soon(Vec<placement::Candidate>, placement::Refusal),
+    /// Nothing now.
+    Nowhere,
+}
+
+/// Jobs whose time is found out in one look at most.
+const LEARNT_MAX: usize = 16;
 
 /// One job on its way through a look: what is still to be tried, and what was found out on the way.
 struct Trial {
@@ -48,10 +62,26 @@ impl Controller {
 
     fn look(&mut self, now: Now, guided: bool, out: &mut Vec<Effect>) {
         let mut queues: BTreeMap<Institution, VecDeque<JobId>> = BTreeMap::new();
+        self.learn_times();
+        let mut urgent: Vec<(UtcMillis, JobId)> = Vec::new();
         for (_, id) in &self.queue {
             if let Some(job) = self.jobs.get(id) {
                 let queue = queues.entry(job.order.institution.clone()).or_default();
-                queue.push_back(*id);
+                match job.order.constraints.deadline {
+                    Some(deadline) if self.is_urgent(now, job) => urgent.push((deadline, *id)),
+                    _ => queue.push_back(*id),
+                }
+            }
+        }
+        // Within an institution those come first that would be late otherwise, the earliest deadline before all.
+        urgent.sort_unstable();
+        for (_, id) in urgent.into_iter().rev() {
+            if let Some(queue) = self
+                .jobs
+                .get(&id)
+                .and_then(|job| queues.get_mut(&job.order.institution))
+            {
+                queue.push_front(id);
             }
         }
         let targets = self.fair.targets(now.utc, queues.keys());
@@ -82,7 +112,10 @@ impl Controller {
                     }
                 },
             };
-            if self.place_next(now, &mut trial, guided, out) {
+            self.open_rooms(&name);
+            let asked = self.place_next(now, &mut trial, guided, out);
+            self.close_rooms(&name);
+            if asked {
                 free = self.market.any_free();
                 trials.insert(name.clone(), trial);
             } else {
@@ -90,6 +123,25 @@ impl Controller {
             }
             let target = targets.get(&name).copied().unwrap_or(1);
             turns.push(Reverse((self.fair.turn(now.utc, &name, target), name)));
+        }
+    }
+
+    /// Finds out how long jobs with a deadline take, once something is known that could run them.
+    fn learn_times(&mut self) {
+        let unknown: Vec<JobId> = self
+            .queue
+            .iter()
+            .filter_map(|(_, id)| self.jobs.get(id))
+            .filter(|job| job.takes.is_none() && job.order.constraints.deadline.is_some())
+            .map(|job| job.id)
+            .take(LEARNT_MAX)
+            .collect();
+        for id in unknown {
+            let takes = self.jobs.get(&id).and_then(|job| self.quickest(job));
+            self.judged += self.market.len() as u64;
+            if let Some(job) = self.jobs.get_mut(&id) {
+                job.takes = takes;
+            }
         }
     }
 
@@ -101,7 +153,10 @@ impl Controller {
                 .iter()
                 .all(|p| p.state != JobState::Queued || !p.cause.is_empty())
         };
-        if !free && told(job) {
+        // What is kept for it is free for it alone.
+        let own =
+            self.kept.contains_key(&id) || self.rooms.iter().any(|room| room.is_for(&job.order.institution));
+        if !free && !own && told(job) {
             return None;
         }
         let waiting: VecDeque<PartIndex> = (0u32..)
@@ -135,6 +190,15 @@ impl Controller {
     fn place_next(&mut self, now: Now, trial: &mut Trial, guided: bool, out: &mut Vec<Effect>) -> bool {
         let mut changed = false;
         let mut asked = false;
+        if self
+            .jobs
+            .get(&trial.id)
+            .is_some_and(|job| job.order.constraints.together)
+        {
+            let waiting = core::mem::take(&mut trial.waiting);
+            // Its parts are tried once in a look, all of them; advice is for parts one by one.
+            return !guided && self.place_together(now, trial.id, &waiting, out);
+        }
         while let Some(index) = trial.waiting.pop_front() {
             let Some(job) = self.jobs.get(&trial.id) else {
                 break;
@@ -168,8 +232,9 @@ impl Controller {
                 };
                 let (_, ready) = trial.matcher.insert(known.unwrap_or_else(make));
                 self.judged += 1;
-                match ready.place(&self.market, &request) {
-                    Some(plan) => {
+                let find = |wish: &Request<'_>| ready.place(&self.market, wish);
+                match self.in_time(now, job, &request, find) {
+                    InTime::Found(plan) => {
                         if guided && self.spend_quota(&shape, &plan) {
                             trial.matcher = None;
                         }
@@ -179,8 +244,13 @@ impl Controller {
                         break;
                     }
                     // Where the advice does not reach, the second look does.
-                    None if guided => break,
-                    None => {
+                    InTime::Soon(..) | InTime::Nowhere if guided => break,
+                    InTime::Soon(_, why) => {
+                        self.judged += self.market.len() as u64;
+                        trial.refused = Some((part.items, part.avoid.clone(), why));
+                        self.hold_back(now.mono.after(BACKOFF));
+                    }
+                    InTime::Nowhere => {
                         self.judged += self.market.len() as u64;
                         let why = placement::refuse(&self.market, &request, &self.policy);
                         trial.refused = Some((part.items, part.avoid.clone(), why));
@@ -195,6 +265,59 @@ impl Controller {
             out.push(Effect::Changed(trial.id));
         }
         asked
+    }
+
+    /// The first of a job's wishes that something meets: an end in time, where there is time to lose hardly any.
+    ///
+    /// While something that is only busy could still end it in time, it waits for that. What can no longer end in
+    /// time goes wherever it can.
+    pub(super) fn in_time<T>(
+        &self,
+        now: Now,
+        job: &Job,
+        request: &Request<'_>,
+        mut find: impl FnMut(&Request<'_>) -> Option<T>,
+    ) -> InTime<T> {
+        let of = |found| match found {
+            Some(found) => InTime::Found(found),
+            None => InTime::Nowhere,
+        };
+        let left = deadline::left(job, now.utc);
+        if left.is_none() {
+            return of(find(request));
+        }
+        let takes = job.takes.unwrap_or(Millis::ZERO);
+        let urgency = deadline::urgency(left, deadline::rest(job, takes), self.policy.restart);
+        let open = match job.order.work.in_sequence() {
+            true => job.parts.iter().filter(|part| !part.state.ended()).count(),
+            false => 1,
+        };
+        let wishes = deadline::wishes(request, left, urgency, open);
+        if let Some(found) = wishes.iter().find_map(&mut find) {
+            return InTime::Found(found);
+        }
+        if let Some(wish) = wishes.last() {
+            let (able, why) = placement::survey(&self.market, wish, &self.policy);
+            if !able.is_empty() {
+                return InTime::Soon(able, why);
+            }
+        }
+        of(find(request))
+    }
+
+    /// How urgent a job is, for its place among those of its institution.
+    fn is_urgent(&self, now: Now, job: &Job) -> bool {
+        let Some(takes) = job.takes else { return false };
+        let left = deadline::left(job, now.utc);
+        deadline::urgency(left, deadline::rest(job, takes), self.policy.restart) == Urgency::Tight
+    }
+
+    /// How long the largest part of a job would take where it is quickest, whether that is free or not.
+    pub(super) fn quickest(&self, job: &Job) -> Option<Millis> {
+        let part = job.parts.iter().max_by_key(|part| part.items)?;
+        let request = request(&job.order, part.items, Credits(u64::MAX), &[]);
+        let (able, _) = placement::survey(&self.market, &request, &self.policy);
+        able.iter().map(|c| c.duration.saturating_add(c.transfer)).min()
     }
 
     /// Takes one from what the advice allows that shape there. Says whether that was the last.
@@ -291,7 +414,7 @@ impl Controller {
     }
 
     /// Asks the chosen node. The new fence is on disk before the ask leaves.
-    fn ask(&mut self, now: Now, id: JobId, index: PartIndex, plan: Plan, out: &mut Vec<Effect>) {
+    pub(super) fn ask(&mut self, now: Now, id: JobId, index: PartIndex, plan: Plan, out: &mut Vec<Effect>) {
         let chosen = plan.chosen.clone();
         let Some(job) = self.jobs.get_mut(&id) else { return };
         let Some(part) = job.parts.get_mut(index as usize) else {
@@ -310,9 +433,9 @@ impl Controller {
             first_item: part.first_item,
             items: part.items,
             device_class: chosen.device_class.clone(),
-            devices: 1,
+            devices: job.order.constraints.devices(),
             rate: chosen.rate,
-            device_ms_max: self.limit_of(chosen.rate, part),
+            device_ms_max: self.limit_of(chosen.rate, part, job.order.constraints.devices()),
             ttl: self.config.lease_ttl,
             holders: self.holders(&job.order),
             from: job.state_for(index),
@@ -354,9 +477,13 @@ impl Controller {
     pub(super) fn claim(&mut self, key: LeaseKey, plan: &Plan, deadline: MonoMillis, granted: bool) {
         let node = plan.chosen.node;
         let class = plan.chosen.device_class.clone();
-        self.market.take(&node, &class, 1);
+        let devices = self
+            .jobs
+            .get(&key.job)
+            .map_or(1, |job| job.order.constraints.devices());
+        self.market.take(&node, &class, devices);
         let counted = self.jobs.get(&key.job).map(|job| {
-            let time = DeviceMillis(plan.chosen.duration.0);
+            let time = DeviceMillis(plan.chosen.duration.0.saturating_mul(devices.into()));
             let donated = self.fair.shares().donated.bill(time).unwrap_or_default();
             (job.order.institution.clone(), plan.chosen.cost.max(donated))
         });
@@ -370,7 +497,7 @@ impl Controller {
             Claim {
                 node,
                 class,
-                devices: 1,
+                devices,
                 granted,
                 deadline,
                 counted,
@@ -397,6 +524,7 @@ impl Controller {
             }
         }
         self.market.give_back(&claim.node, &claim.class, claim.devices);
+        self.guest_left(key);
         if let Some((institution, worth)) = &claim.counted {
             self.fair.stop(institution, *worth);
         }
@@ -434,8 +562,9 @@ pub(super) fn request<'a>(
         memory,
         ceiling,
         avoid,
-        devices: 1,
-        turn: 0,
+        devices: order.constraints.devices(),
+        user: Some(&order.institution),
+        ..Request::default()
     }
 }
 

@@ -33,8 +33,13 @@ fn config() -> ControllerConfig {
         jobs_kept: 2,
         device_time_max: Millis(3_600_000),
         dispute_window: crate::records::DISPUTE_WINDOW,
+        policy: placement::Policy::default(),
+        shares: crate::fair::Shares::default(),
     }
 }
+
+mod masks;
+mod moves;
 
 struct Bench {
     c: Controller,
@@ -304,7 +309,7 @@ fn grant(node: &str, ask: &LeaseAsk, change: impl FnOnce(&mut Lease)) -> Verifie
         scheduler: config().id(),
         institution: "uni-nairobi".parse().unwrap(),
         device_class: ask.device_class.clone(),
-        devices: 1,
+        devices: ask.devices,
         rate: ask.rate,
         device_ms_max: ask.device_ms_max,
         first_item: ask.first_item,
@@ -430,7 +435,7 @@ fn a_job_is_placed_run_billed_and_its_rest_given_back() {
 #[test]
 fn a_refused_order_leaves_no_trace() {
     type Change = fn(&mut Order);
-    let cases: [(&str, Change, &str); 8] = [
+    let cases: [(&str, Change, &str); 12] = [
         (
             "over budget",
             |o| o.credits_max = Credits(10_000_001),
@@ -468,6 +473,34 @@ fn a_refused_order_leaves_no_trace() {
                 o.constraints.countries_excluded = vec!["KE".parse().unwrap()];
             },
             "the order contradicts itself",
+        ),
+        (
+            "late before it begins",
+            |o| o.constraints.deadline = Some(UtcMillis(START - 60_000)),
+            "the order contradicts itself: its deadline lies 60 s in the past",
+        ),
+        (
+            "paid and donated",
+            |o| {
+                o.constraints.donated_only = true;
+                o.constraints.rate_max = Some(Rate(1_000_000));
+            },
+            "the order contradicts itself: only donated capacity is wanted, and up to 1.000000/h",
+        ),
+        (
+            "licensed nothing",
+            |o| o.constraints.licence = "mit".into(),
+            "the order contradicts itself: it runs no model, yet names the licence mit",
+        ),
+        (
+            "too late for any node",
+            |o| {
+                o.work = Work::Noop {
+                    millis_per_item: 60_000,
+                };
+                o.constraints.deadline = Some(UtcMillis(START + 60_000));
+            },
+            "none of 1 known nodes can run it: 1 excluded by deadline (the nearest would end 550 s late)",
         ),
         (
             "impossible",
@@ -874,7 +907,16 @@ fn explanations_agree_with_placement() {
         }
         let name = ["a", "b", "c", "d"][draw(4) as usize];
         let country = ["KE", "BR"][draw(2) as usize];
-        let state = ["", ",paused", ",busy", ",fast", ",4G"][draw(5) as usize];
+        let state = [
+            "",
+            ",paused",
+            ",busy",
+            ",fast",
+            ",4G",
+            ",iso=seccomp",
+            ",data=personal",
+            ",never=uni-nairobi",
+        ][draw(8) as usize];
         bench.offer(&format!("{name}:{}gpu@{},{country}{state}", 1 + draw(3), draw(4)));
         bench.tell(if draw(5) == 0 {
             Event::NodeGone(node_of(name))
@@ -899,6 +941,14 @@ fn explanations_agree_with_placement() {
             c.donated_only = draw(6) == 0;
             c.rate_max = (draw(5) == 0).then(|| Rate(draw(3) * 1_000_000));
             c.memory = Bytes([0, 8 << 30, 64 << 30][draw(3) as usize]);
+            c.devices = [0, 0, 0, 2][draw(4) as usize];
+            if draw(5) == 0 {
+                c.isolation = crate::records::Tier::Seccomp;
+            }
+            if draw(6) == 0 {
+                c.data = crate::records::DataClass::Personal;
+            }
+            c.deadline = (draw(4) == 0).then(|| UtcMillis(bench.now + 500 + draw(60_000)));
         });
         let told = bench.c.explain_order(bench.clock(), &order);
         let out = bench.tell(Event::Submit {
@@ -936,7 +986,10 @@ fn explanations_agree_with_placement() {
                 "case {case}: {told:?}"
             );
             let cause = bench.c.job(&JobId(order.id())).unwrap().parts[0].cause.clone();
-            assert_eq!(cause, told.refusal.to_string(), "case {case}");
+            // A deadline keeps work from being accepted, not from being placed once it is.
+            if order.constraints.deadline.is_none() {
+                assert_eq!(cause, told.refusal.to_string(), "case {case}");
+            }
         } else {
             placed += 1;
             assert_eq!(told.starts, Start::Now, "case {case}: {told:?}");

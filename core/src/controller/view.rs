@@ -151,10 +151,11 @@ pub struct NodeStatus {
 use super::{
     Denial,
     admission::Member,
+    deadline,
     job::{Job, Part},
     jobs::contradictions,
     mind::Controller,
-    placing::request,
+    placing::{InTime, request},
 };
 use crate::{
     id::Digest,
@@ -223,7 +224,7 @@ impl Controller {
 
     /// Where the first part of such an order would run now, by the very judgement that places, cut as it would be cut.
     pub fn explain_order(&self, now: Now, order: &Verified<Order>) -> Explanation {
-        if let Err(why) = contradictions(order) {
+        if let Err(why) = contradictions(now.utc, order) {
             return Explanation {
                 known: u32::try_from(self.market.len()).unwrap_or(u32::MAX),
                 candidates: Vec::new(),
@@ -233,11 +234,24 @@ impl Controller {
                 summary: why.to_string(),
             };
         }
-        let job = Job::new(order.clone(), String::new(), now.utc, self.slots(order));
+        let mut job = Job::new(order.clone(), String::new(), now.utc, self.slots(order));
+        job.takes = self.quickest(&job);
         let Some(part) = job.parts.first() else {
-            return self.explain(now, order, 1, order.credits_max, &[], None);
+            return Explanation {
+                known: 0,
+                candidates: Vec::new(),
+                refusal: Refusal::default(),
+                cost: None,
+                starts: Start::Never,
+                summary: "it has no items".into(),
+            };
         };
-        self.explain(now, order, part.items, part.ceiling, &[], None)
+        // What could not end in time would not be accepted.
+        let request = placement::Request {
+            within: deadline::left(&job, now.utc),
+            ..request(order, part.items, part.ceiling, &[])
+        };
+        self.explain(now, &job, &request, part.items, None)
     }
 
     /// Why the first waiting part of a job waits, or where its next one would run.
@@ -249,27 +263,29 @@ impl Controller {
             .find(|p| p.state == JobState::Queued)
             .or(job.parts.first())?;
         let place = (job.submitted_at, job.id);
-        Some(self.explain(
-            now,
-            &job.order,
-            part.items,
-            part.ceiling,
-            &part.avoid,
-            Some(place),
-        ))
+        let request = request(&job.order, part.items, part.ceiling, &part.avoid);
+        Some(self.explain(now, job, &request, part.items, Some(place)))
     }
 
     fn explain(
         &self,
         now: Now,
-        order: &Order,
+        job: &Job,
+        request: &placement::Request<'_>,
         items: u64,
-        ceiling: Credits,
-        avoid: &[NodeId],
         place: Option<(UtcMillis, JobId)>,
     ) -> Explanation {
-        let request = request(order, items, ceiling, avoid);
-        let (candidates, refusal) = placement::survey(&self.market, &request, &self.policy);
+        let order = &job.order;
+        let survey = |wish: &placement::Request<'_>| placement::survey(&self.market, wish, &self.policy);
+        let find = |wish: &placement::Request<'_>| {
+            let found = survey(wish);
+            found.0.iter().any(|c| !c.busy).then_some(found)
+        };
+        let (candidates, refusal) = match self.in_time(now, job, request, find) {
+            InTime::Found(found) => found,
+            InTime::Soon(able, why) => (able, why),
+            InTime::Nowhere => survey(request),
+        };
         let whole = |part: Credits| {
             let all = u128::from(part.0) * u128::from(order.items) / u128::from(items.max(1));
             Credits(u64::try_from(all).unwrap_or(u64::MAX)).min(order.credits_max)

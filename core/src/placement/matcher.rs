@@ -2,6 +2,7 @@
 use super::{
     Plan, Request, candidate,
     index::{ClassId, Costs, Found, Level, SlotId},
+    mask,
     quote::{self, quote},
 };
 use crate::{id::Digest, market::Market, prelude::*, records::NodeState, unit::Millis};
@@ -116,13 +117,10 @@ impl Matcher {
         let place = market.stock().place(slot)?;
         let (node, listing) = market.at(place.node)?;
         let i = usize::from(place.device);
-        let constraints = request.constraints;
         if place.kind != request.kind
             || listing.free(i) < request.devices
             || request.avoid.contains(node)
-            || !super::stock::in_country(constraints, &listing.offer.country)
-            || !super::stock::of_institution(constraints, &listing.offer.institution)
-            || !market.policy().energy.allows(&listing.offer.country)
+            || mask::fails(&listing.offer, request, market.policy()).is_some()
         {
             return None;
         }

@@ -9,6 +9,7 @@
 pub mod deadline;
 pub mod flow;
 pub mod index;
+mod mask;
 mod matcher;
 pub mod pack;
 mod quote;
@@ -55,7 +56,38 @@ pub struct Request<'a> {
     pub devices: u32,
     /// Any number, as different as can be from one request to the next: equals take turns by it.
     pub turn: u32,
+    /// Whose work it is, for owners who do not serve everybody.
+    pub user: Option<&'a Institution>,
+    /// It must be over within so long, transfer included.
+    pub within: Option<Millis>,
+    /// Only where hardly any work is lost: no recent failure, and a reclaim of less than [`RISK_PERCENT`].
+    pub reliable: bool,
 }
+
+/// Nothing is asked for: what a request begins with.
+impl Default for Request<'_> {
+    fn default() -> Self {
+        static ANY: Constraints = Constraints::ANY;
+        Self {
+            kind: WorkKind::Noop,
+            units: 0,
+            fixed: Millis::ZERO,
+            artifacts: Vec::new(),
+            constraints: &ANY,
+            memory: Bytes::ZERO,
+            ceiling: Credits(u64::MAX),
+            avoid: &[],
+            devices: 1,
+            turn: 0,
+            user: None,
+            within: None,
+            reliable: false,
+        }
+    }
+}
+
+/// A place is reliable where its owner is expected to take it back during the work with less than this probability.
+pub const RISK_PERCENT: u64 = 2;
 
 /// The operator's constants of the cost of finished work.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -158,6 +190,14 @@ pub enum Requirement {
     Institution,
     /// Power that is clean enough.
     Carbon,
+    /// The owner serves such users and does such work.
+    Owner,
+    /// The owner takes data of that class.
+    Data,
+    /// The owner runs models under that licence.
+    Licence,
+    /// Workers are cut off far enough.
+    Isolation,
     /// An engine for the kind of work.
     Engine,
     /// Class of device.
@@ -168,6 +208,10 @@ pub enum Requirement {
     Count,
     /// An end within ten years.
     Duration,
+    /// An end before the deadline.
+    Deadline,
+    /// Hardly any danger of losing the work, where there is no time to do it twice.
+    Reliable,
     /// Price limit or donated only.
     Price,
     /// The job's ceiling covers the part.
@@ -188,11 +232,17 @@ impl fmt::Display for Requirement {
             Self::Country => "country",
             Self::Institution => "institution",
             Self::Carbon => "carbon",
+            Self::Owner => "owner",
+            Self::Data => "data class",
+            Self::Licence => "licence",
+            Self::Isolation => "isolation",
             Self::Engine => "engine",
             Self::Device => "device",
             Self::Memory => "memory",
             Self::Count => "number of devices",
             Self::Duration => "duration",
+            Self::Deadline => "deadline",
+            Self::Reliable => "reliability",
             Self::Price => "price",
             Self::Budget => "budget",
             Self::Open => "open",
@@ -330,6 +380,16 @@ pub fn survey(market: &Market, request: &Request<'_>, policy: &Policy) -> (Vec<C
     (able.into_iter().map(|(c, _)| c).collect(), refusal)
 }
 
+/// The judgement of one node, if it could run the request were its devices free.
+pub(crate) fn candidate_at(
+    market: &Market,
+    node: &NodeId,
+    request: &Request<'_>,
+    policy: &Policy,
+) -> Option<Candidate> {
+    judge(market, node, market.get(node)?, request, policy).ok()
+}
+
 /// What a node that failed a requirement would have needed.
 enum Hint {
     Nothing,
@@ -377,6 +437,13 @@ impl Miss {
                 )
             }
             (Requirement::Carbon, _) => format!("nodes are in {names}"),
+            (Requirement::Owner, _) => names,
+            (Requirement::Data, _) => format!("nodes take data up to {names}"),
+            (Requirement::Licence, _) => format!("nodes run models under {names}"),
+            (Requirement::Isolation, _) => format!("nodes have {names}"),
+            (Requirement::Deadline, Some(late)) => {
+                format!("the nearest would end {} s late", late.div_ceil(1_000))
+            }
             (Requirement::Count, Some(fewest)) => format!("the nearest has {fewest} too few"),
             (Requirement::Duration, Some(fastest)) => {
                 format!("the fastest would take {} days", fastest / 86_400_000)
@@ -403,18 +470,8 @@ fn judge(
     policy: &Policy,
 ) -> Result<Candidate, (Requirement, Hint)> {
     let offer = &listing.offer;
-    let c = request.constraints;
-    if !stock::in_country(c, &offer.country) {
-        return Err((Requirement::Country, Hint::Name(offer.country.to_string())));
-    }
-    if !stock::of_institution(c, &offer.institution) {
-        return Err((
-            Requirement::Institution,
-            Hint::Name(offer.institution.to_string()),
-        ));
-    }
-    if !policy.energy.allows(&offer.country) {
-        return Err((Requirement::Carbon, Hint::Name(offer.country.to_string())));
+    if let Some(failed) = mask::fails(offer, request, policy) {
+        return Err((failed, mask::hint(offer, request, failed)));
     }
     if listing.speed(request.kind).is_none() {
         return Err((Requirement::Engine, Hint::Nothing));

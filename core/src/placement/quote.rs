@@ -121,6 +121,24 @@ pub fn quote(
     if duration > DURATION_MAX {
         return lack(Requirement::Duration, duration.0);
     }
+    let missing: u64 = request
+        .artifacts
+        .iter()
+        .filter(|(digest, _)| !offer.cached.contains(digest))
+        .fold(0, |sum, (_, bytes)| sum.saturating_add(bytes.0));
+    let transfer = transfer(missing, policy);
+    // Of a speed that nobody knows no end can be told.
+    if let Some(within) = request.within
+        && speed.0 > 0
+    {
+        let takes = duration.saturating_add(transfer);
+        if takes > within {
+            return lack(Requirement::Deadline, takes.0 - within.0);
+        }
+    }
+    if request.reliable && !is_reliable(listing, duration) {
+        return lack(Requirement::Reliable, 0);
+    }
     let limit = if c.donated_only {
         Some(Rate::FREE)
     } else {
@@ -134,12 +152,6 @@ pub fn quote(
         Some(cost) if cost <= request.ceiling => cost,
         cost => return lack(Requirement::Budget, cost.map_or(u64::MAX, |c| c.0)),
     };
-    let missing: u64 = request
-        .artifacts
-        .iter()
-        .filter(|(digest, _)| !offer.cached.contains(digest))
-        .fold(0, |sum, (_, bytes)| sum.saturating_add(bytes.0));
-    let transfer = transfer(missing, policy);
     let besides = u128::from(running(listing, i, policy).0) + u128::from(shadow.0);
     let waiting = besides * u128::from(held.0) + u128::from(policy.delay_rate.0) * u128::from(transfer.0);
     let plain = u128::from(cost.0) + waiting.div_ceil(HOUR);
@@ -152,6 +164,12 @@ pub fn quote(
         duration,
         transfer,
     })
+}
+
+/// The owner of the place hardly ever takes it back within so long, and the last work there was no failure.
+pub(crate) fn is_reliable(listing: &Listing, duration: Millis) -> bool {
+    let reclaims = u128::from(listing.hazard()) * u128::from(duration.0);
+    listing.failures == 0 && reclaims * 100 <= HAZARD_UNIT * u128::from(super::RISK_PERCENT)
 }
 
 /// Hazard is counted per thousand device-hours.

@@ -7,13 +7,14 @@
 use super::{
     Policy, Request,
     index::{ClassId, Costs, Index, Level, SlotId},
+    mask::{in_country, of_institution},
     quote,
 };
 use crate::{
     id::{Country, Institution},
     market::Listing,
     prelude::*,
-    records::{Constraints, NodeState, WorkKind},
+    records::{NodeState, WorkKind},
     unit::{Bytes, Rate},
 };
 
@@ -327,16 +328,6 @@ fn admits(s: &Signature, request: &Request<'_>, policy: &Policy) -> bool {
         && s.device.starts_with(c.device.as_str())
         && s.memory >= request.memory.max(c.memory)
         && (s.donated || !(c.donated_only || c.rate_max == Some(Rate::FREE)))
-}
-
-/// The country is allowed and not excluded.
-pub(super) fn in_country(c: &Constraints, country: &Country) -> bool {
-    (c.countries.is_empty() || c.countries.contains(country)) && !c.countries_excluded.contains(country)
-}
-
-/// The institution is allowed and not excluded.
-pub(super) fn of_institution(c: &Constraints, name: &Institution) -> bool {
-    (c.institutions.is_empty() || c.institutions.contains(name)) && !c.institutions_excluded.contains(name)
 }
 
 fn level_of(listing: &Listing, device: usize) -> Level {

@@ -1,5 +1,6 @@
 use super::*;
 use crate::market::tests::{NOW, market_of, node_of, offer_of, secret_of};
+use crate::records::{DataClass, Tier};
 
 /// What the words of a request set: `gpu<=9,in:KE,not:BR,of:uni-nairobi,mem:8,budget:10,donated,avoid:a`.
 struct Wish {
@@ -41,17 +42,12 @@ fn wish_of(text: &str) -> Wish {
 
 fn request_of(wish: &Wish) -> Request<'_> {
     Request {
-        kind: WorkKind::Noop,
         // An hour on a device of usual speed.
         units: 3_600,
-        fixed: Millis::ZERO,
-        artifacts: Vec::new(),
         constraints: &wish.constraints,
-        memory: Bytes::ZERO,
         ceiling: wish.ceiling,
         avoid: &wish.avoid,
-        devices: 1,
-        turn: 0,
+        ..Request::default()
     }
 }
 
@@ -291,6 +287,20 @@ fn random_offer(
             });
         }
     }
+    offer.isolation = chance
+        .pick(&["none", "seccomp", "landlock+seccomp", "container", "?"])
+        .into();
+    offer.terms.data = chance.pick(&[DataClass::Internal, DataClass::Public, DataClass::Sensitive]);
+    offer.terms.local_first = chance.below(3) == 0;
+    if chance.below(5) == 0 {
+        offer.terms.licences = vec!["MIT".into()];
+    }
+    if chance.below(8) == 0 {
+        offer.terms.institutions_excluded = vec![SCHOOLS[0].parse().unwrap()];
+    }
+    if chance.below(8) == 0 {
+        offer.terms.work = vec![WorkKind::Noop, WorkKind::Embed];
+    }
     offer.cached = (0..4).filter(|_| chance.below(6) == 0).map(artifact).collect();
     offer.state = chance.pick(&[
         NodeState::Open,
@@ -344,8 +354,11 @@ fn placing_through_the_index_is_placing_by_a_full_scan() {
                 6 => market.mark_full(&node, class),
                 7 => market.note_failure(&node),
                 8 => {
-                    let speed = crate::unit::Speed(chance.below(1 << 20));
-                    market.note_success(&node, WorkKind::Embed, Some(speed));
+                    let shown = crate::market::Shown {
+                        units: chance.below(1 << 20),
+                        time: crate::unit::DeviceMillis(chance.below(1 << 24)),
+                    };
+                    market.note_success(&node, WorkKind::Embed, Some(shown));
                 }
                 9 => {
                     let time = crate::unit::DeviceMillis(chance.below(1 << 30));
@@ -368,6 +381,12 @@ fn placing_through_the_index_is_placing_by_a_full_scan() {
                     constraints.device = chance.pick(&["", "", "cuda", "cuda/a", "tpu"]).into();
                     constraints.memory = Bytes(chance.pick(&[0, 0, 16, 40]) << 30);
                     constraints.donated_only = chance.below(6) == 0;
+                    constraints.isolation =
+                        chance.pick(&[Tier::None, Tier::None, Tier::Seccomp, Tier::Container]);
+                    constraints.data =
+                        chance.pick(&[DataClass::Public, DataClass::Public, DataClass::Personal]);
+                    constraints.licence = chance.pick(&["", "mit", "other"]).into();
+                    let user = SCHOOLS[0].parse().unwrap();
                     constraints.rate_max = (chance.below(4) == 0).then(|| Rate(chance.below(4) * 1_000_000));
                     let request = Request {
                         kind: chance.pick(&[WorkKind::Noop, WorkKind::Embed, WorkKind::Generate]),
@@ -382,6 +401,9 @@ fn placing_through_the_index_is_placing_by_a_full_scan() {
                         avoid: &[node],
                         devices: chance.pick(&[1, 1, 1, 2, 3]),
                         turn: chance.below(1 << 32) as u32,
+                        user: (chance.below(2) == 0).then_some(&user),
+                        within: (chance.below(3) == 0).then(|| Millis(chance.below(1 << 24))),
+                        reliable: chance.below(4) == 0,
                     };
                     let (fast, slow) = (
                         place(&market, &request, &policy),

@@ -18,6 +18,9 @@ use serde::{Deserialize, Serialize};
 pub struct Meters {
     /// Devices × time held.
     pub device_ms: DeviceMillis,
+    /// Of that, what went by before the worker's model was ready: it says nothing of how fast the work is.
+    #[serde(default)]
+    pub loading: DeviceMillis,
     /// CPU time of the worker.
     pub cpu: Millis,
     /// Largest resident memory of the worker.
@@ -48,6 +51,7 @@ impl Meters {
     fn from_wire(w: wire::Meters) -> Self {
         Self {
             device_ms: DeviceMillis(w.device_ms),
+            loading: DeviceMillis(w.loading_ms.min(w.device_ms)),
             cpu: Millis(w.cpu_ms),
             memory_peak: Bytes(w.memory_peak_bytes),
             memory_byte_seconds: w.memory_byte_seconds,
@@ -64,6 +68,7 @@ impl Meters {
     /// Adds the totals of another lease; memory peaks do not add up.
     pub fn add(&mut self, other: &Self) {
         self.device_ms = self.device_ms.saturating_add(other.device_ms);
+        self.loading = self.loading.saturating_add(other.loading);
         self.cpu = self.cpu.saturating_add(other.cpu);
         self.memory_peak = self.memory_peak.max(other.memory_peak);
         self.memory_byte_seconds = self.memory_byte_seconds.saturating_add(other.memory_byte_seconds);
@@ -93,6 +98,7 @@ impl From<Meters> for wire::Meters {
     fn from(m: Meters) -> Self {
         Self {
             device_ms: m.device_ms.0,
+            loading_ms: m.loading.0,
             cpu_ms: m.cpu.0,
             memory_peak_bytes: m.memory_peak.0,
             tokens_in: m.tokens_in,

@@ -24,10 +24,13 @@ pub use envelope::{
 pub use funding::{Beneficiary, CreditLimit, Grant, Payment, RateCard};
 pub use lease::Lease;
 pub use meter::{MeterReading, Meters, Outcome, Usage};
-pub use offer::{Device, Engine, NodeState, OFFER_CACHED_MAX, Offer, WorkKind};
+pub use offer::{
+    DataClass, Device, Engine, LICENCE_BYTES_MAX, NodeState, OFFER_CACHED_MAX, Offer, OwnerPolicy, TERMS_MAX,
+    Tier, WorkKind,
+};
 pub use order::{
-    Constraints, FORMAT_BYTES_MAX, Generate, ITEMS_MAX, Order, PARTS_MAX, SETTINGS_BYTES_MAX, STOP_BYTES_MAX,
-    STOPS_MAX, Train, Work,
+    Constraints, DEVICES_MAX, FORMAT_BYTES_MAX, Generate, ITEMS_MAX, Order, PARTS_MAX, SETTINGS_BYTES_MAX,
+    STOP_BYTES_MAX, STOPS_MAX, Train, Work,
 };
 pub use receipt::{Flag, Receipt};
 pub use social::{ClassSummary, Invitation, Role, Summary};

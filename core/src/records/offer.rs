@@ -125,6 +125,200 @@ pub struct Engine {
     pub method: String,
 }
 
+/// How far a worker is cut off from its machine, and its machine from it. Higher tiers hold all that lower ones do.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Tier {
+    /// An ordinary process.
+    #[default]
+    None,
+    /// No sockets, no new programs.
+    Seccomp,
+    /// And of the file system only what it needs.
+    #[serde(rename = "landlock+seccomp")]
+    LandlockSeccomp,
+    /// Its own container.
+    Container,
+    /// Its own virtual machine.
+    Machine,
+}
+
+impl Tier {
+    /// Every tier, lowest first.
+    pub const ALL: [Self; 5] = [
+        Self::None,
+        Self::Seccomp,
+        Self::LandlockSeccomp,
+        Self::Container,
+        Self::Machine,
+    ];
+
+    /// The wire name.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Seccomp => "seccomp",
+            Self::LandlockSeccomp => "landlock+seccomp",
+            Self::Container => "container",
+            Self::Machine => "machine",
+        }
+    }
+
+    /// What an offer's own word for its isolation is worth: a word nobody knows promises nothing.
+    pub fn of_offer(text: &str) -> Self {
+        text.parse().unwrap_or_default()
+    }
+}
+
+impl core::str::FromStr for Tier {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Self, String> {
+        let found = Self::ALL.into_iter().find(|tier| tier.as_str() == text);
+        found.ok_or_else(|| {
+            format!("{text:?} is no isolation tier: expected none, seccomp, landlock+seccomp, container or machine")
+        })
+    }
+}
+
+impl core::fmt::Display for Tier {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// How carefully data must be handled. An owner says up to which class the machine may be given any.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DataClass {
+    /// Anybody may read it.
+    #[default]
+    Public,
+    /// Not secret, but not for everybody.
+    Internal,
+    /// About people.
+    Personal,
+    /// About people's health, beliefs, safety; or a secret.
+    Sensitive,
+}
+
+impl DataClass {
+    /// Every class, lowest first.
+    pub const ALL: [Self; 4] = [Self::Public, Self::Internal, Self::Personal, Self::Sensitive];
+
+    /// The wire name.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Public => "public",
+            Self::Internal => "internal",
+            Self::Personal => "personal",
+            Self::Sensitive => "sensitive",
+        }
+    }
+}
+
+impl core::str::FromStr for DataClass {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Self, String> {
+        let found = Self::ALL.into_iter().find(|class| class.as_str() == text);
+        found.ok_or_else(|| {
+            format!("{text:?} is no data class: expected public, internal, personal or sensitive")
+        })
+    }
+}
+
+impl core::fmt::Display for DataClass {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// The most entries of each list of an owner's terms.
+pub const TERMS_MAX: usize = 64;
+/// Bytes of a licence's name at most.
+pub const LICENCE_BYTES_MAX: usize = 64;
+
+/// Whom and what an owner serves. The node's own word decides; told in its offer so that nobody asks in vain.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct OwnerPolicy {
+    /// Users of these institutions only; empty for all.
+    pub institutions: Vec<Institution>,
+    /// Never users of these institutions.
+    pub institutions_excluded: Vec<Institution>,
+    /// These kinds of work only; empty for all.
+    pub work: Vec<WorkKind>,
+    /// Models under these licences only, by their SPDX names; empty for all.
+    pub licences: Vec<String>,
+    /// No data that must be handled with more care than this.
+    pub data: DataClass,
+    /// Guests leave, with a checkpoint, when users of the owner's institution wait for the machine.
+    pub local_first: bool,
+}
+
+impl Default for OwnerPolicy {
+    /// Everybody, everything that is not about people.
+    fn default() -> Self {
+        Self {
+            institutions: Vec::new(),
+            institutions_excluded: Vec::new(),
+            work: Vec::new(),
+            licences: Vec::new(),
+            data: DataClass::Internal,
+            local_first: false,
+        }
+    }
+}
+
+impl OwnerPolicy {
+    /// Whether users of that institution are served.
+    pub fn serves(&self, user: &Institution) -> bool {
+        (self.institutions.is_empty() || self.institutions.contains(user))
+            && !self.institutions_excluded.contains(user)
+    }
+
+    /// Whether that kind of work is done.
+    pub fn does(&self, kind: WorkKind) -> bool {
+        self.work.is_empty() || self.work.contains(&kind)
+    }
+
+    /// Whether models under that licence are run; work without a model needs none.
+    pub fn licensed(&self, licence: &str, has_model: bool) -> bool {
+        let listed = |known: &String| known.eq_ignore_ascii_case(licence);
+        !has_model || self.licences.is_empty() || self.licences.iter().any(listed)
+    }
+
+    fn from_wire(f: Fields, w: wire::Terms) -> Result<Self, RecordError> {
+        Ok(Self {
+            institutions: f.list("terms.institutions", w.institutions, TERMS_MAX, |t| {
+                f.parse("terms.institutions", &t)
+            })?,
+            institutions_excluded: f.list(
+                "terms.institutions_excluded",
+                w.institutions_excluded,
+                TERMS_MAX,
+                |t| f.parse("terms.institutions_excluded", &t),
+            )?,
+            work: f.list("terms.work", w.work, 16, |t| f.parse("terms.work", &t))?,
+            licences: f.list("terms.licences", w.licences, TERMS_MAX, |t| {
+                f.text("terms.licences", t, LICENCE_BYTES_MAX)
+            })?,
+            data: f.parse("terms.data_class", &w.data_class)?,
+            local_first: w.local_first,
+        })
+    }
+
+    fn to_wire(&self) -> wire::Terms {
+        let names = |list: &[Institution]| list.iter().map(ToString::to_string).collect();
+        wire::Terms {
+            institutions: names(&self.institutions),
+            institutions_excluded: names(&self.institutions_excluded),
+            work: self.work.iter().map(|kind| kind.as_str().into()).collect(),
+            licences: self.licences.clone(),
+            data_class: self.data.as_str().into(),
+            local_first: self.local_first,
+        }
+    }
+}
+
 /// A node's signed description of itself, believed until it expires or a later sequence arrives.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Offer {
@@ -160,6 +354,9 @@ pub struct Offer {
     pub expires_at: UtcMillis,
     /// Whether new leases are taken.
     pub state: NodeState,
+    /// Whom and what the owner serves.
+    #[serde(default)]
+    pub terms: OwnerPolicy,
 }
 
 impl Record for Offer {
@@ -209,6 +406,7 @@ impl Record for Offer {
             issued_at: self.issued_at.0,
             expires_at: self.expires_at.0,
             state: self.state.as_str().into(),
+            terms: Some(self.terms.to_wire()),
         }
     }
 
@@ -264,6 +462,57 @@ impl Record for Offer {
             issued_at,
             expires_at,
             state: f.parse("state", &w.state)?,
+            terms: match w.terms {
+                Some(terms) => OwnerPolicy::from_wire(f, terms)?,
+                None => OwnerPolicy::default(),
+            },
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::market::tests::offer_of;
+
+    /// What no machine is must not reach the market, and the field at fault is named.
+    #[test]
+    fn absurd_offers_are_refused_by_their_field() {
+        type Change = fn(&mut wire::Offer);
+        let cases: [(&str, Change); 12] = [
+            ("devices.count", |o| o.devices[0].count = 1_000_000_000),
+            ("devices.count", |o| o.devices[0].count = u32::MAX),
+            ("devices.free", |o| o.devices[0].free = 2),
+            // A negative number in somebody's program.
+            ("devices.rate", |o| o.devices[0].rate = -1i64 as u64),
+            ("devices.memory_bytes", |o| o.devices[0].memory_bytes = u64::MAX),
+            ("engines.speed_milli", |o| o.engines[0].speed_milli = u64::MAX),
+            ("cores", |o| o.cores = u32::MAX),
+            ("memory_bytes", |o| o.memory_bytes = 1 << 60),
+            ("devices", |o| o.devices = vec![o.devices[0].clone(); 17]),
+            ("expires_at", |o| o.expires_at = o.issued_at),
+            ("issued_at", |o| o.issued_at = u64::MAX),
+            ("terms.data_class", |o| {
+                o.terms = Some(wire::Terms {
+                    data_class: "everything".into(),
+                    ..wire::Terms::default()
+                });
+            }),
+        ];
+        for (field, change) in cases {
+            let mut offer = offer_of("a:1gpu@5", 1).to_wire();
+            change(&mut offer);
+            let error = Offer::from_wire(offer).unwrap_err().to_string();
+            assert!(error.contains(field), "{field}: {error}");
+        }
+    }
+
+    #[test]
+    fn an_offer_without_terms_serves_everybody() {
+        let mut offer = offer_of("a:1gpu@5,lic=mit,data=sensitive", 1).to_wire();
+        offer.terms = None;
+        assert_eq!(Offer::from_wire(offer).unwrap().terms, OwnerPolicy::default());
+        let offer = offer_of("a:1gpu@5,lic=mit,data=sensitive,local,only=uni-a,does=embed", 1).into_inner();
+        assert_eq!(Offer::from_wire(offer.to_wire()).unwrap(), offer);
     }
 }

@@ -1,7 +1,7 @@
 //! An order: what a researcher wants done, on what, within which limits.
 use super::{
     envelope::{Record, RecordError},
-    offer::WorkKind,
+    offer::{DataClass, LICENCE_BYTES_MAX, Tier, WorkKind},
     wire::{Fields, UTC_MAX},
 };
 use crate::{
@@ -251,7 +251,10 @@ impl Work {
     }
 }
 
-/// Masks: a node passes all of them or is excluded. Empty lists exclude nobody.
+/// The most devices of one node that a part may take.
+pub const DEVICES_MAX: u32 = 64;
+
+/// Masks: a node passes all of them or is excluded, empty lists exclude nobody. And when, and how much at once.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Constraints {
     /// Only these countries.
@@ -270,6 +273,49 @@ pub struct Constraints {
     pub donated_only: bool,
     /// No device dearer than this.
     pub rate_max: Option<Rate>,
+    /// Workers are cut off at least so far.
+    #[serde(default)]
+    pub isolation: Tier,
+    /// Licence of the model, by its SPDX name; empty when unknown.
+    #[serde(default)]
+    pub licence: String,
+    /// How carefully the input must be handled.
+    #[serde(default)]
+    pub data: DataClass,
+    /// Devices of one node that each part takes, up to [`DEVICES_MAX`]; 0 for one.
+    #[serde(default)]
+    pub devices: u32,
+    /// When the job should be done. Missing it fails nothing; placement does what it can.
+    #[serde(default)]
+    pub deadline: Option<UtcMillis>,
+    /// All parts run at the same time, inside one site: one institution's machines in one country.
+    #[serde(default)]
+    pub together: bool,
+}
+
+impl Constraints {
+    /// Anywhere, one device, at any time.
+    pub const ANY: Self = Self {
+        countries: Vec::new(),
+        countries_excluded: Vec::new(),
+        institutions: Vec::new(),
+        institutions_excluded: Vec::new(),
+        device: String::new(),
+        memory: Bytes::ZERO,
+        donated_only: false,
+        rate_max: None,
+        isolation: Tier::None,
+        licence: String::new(),
+        data: DataClass::Public,
+        devices: 0,
+        deadline: None,
+        together: false,
+    };
+
+    /// Devices of one node that each part takes.
+    pub fn devices(&self) -> u32 {
+        self.devices.max(1)
+    }
 }
 
 /// A researcher's signed wish. Its record id is the job's id, so the same order is the same job.
@@ -350,6 +396,18 @@ impl Record for Order {
                 memory_bytes: c.memory.0,
                 donated_only: c.donated_only,
                 rate_max: c.rate_max.map(|r| r.0),
+                isolation: match c.isolation {
+                    Tier::None => String::new(),
+                    tier => tier.as_str().into(),
+                },
+                licence: c.licence.clone(),
+                data_class: match c.data {
+                    DataClass::Public => String::new(),
+                    class => class.as_str().into(),
+                },
+                devices: c.devices,
+                deadline: c.deadline.map(|at| at.0),
+                together: c.together,
             }),
             credits_max: self.credits_max.0,
             attempts_max: self.attempts_max,
@@ -411,6 +469,21 @@ impl Record for Order {
                 memory: Bytes(c.memory_bytes),
                 donated_only: c.donated_only,
                 rate_max: c.rate_max.map(Rate),
+                isolation: match c.isolation.as_str() {
+                    "" => Tier::None,
+                    tier => f.parse("constraints.isolation", tier)?,
+                },
+                licence: f.text("constraints.licence", c.licence, LICENCE_BYTES_MAX)?,
+                data: match c.data_class.as_str() {
+                    "" => DataClass::Public,
+                    class => f.parse("constraints.data_class", class)?,
+                },
+                devices: f.within("constraints.devices", c.devices.into(), DEVICES_MAX.into())? as u32,
+                deadline: c
+                    .deadline
+                    .map(|at| f.within("constraints.deadline", at, UTC_MAX).map(UtcMillis))
+                    .transpose()?,
+                together: c.together,
             },
             credits_max: Credits(f.within("credits_max", w.credits_max, i64::MAX as u64)?),
             attempts_max: attempts_max.max(1),

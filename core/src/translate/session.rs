@@ -296,6 +296,7 @@ impl From<ToNode> for wire::SchedulerMessage {
         let stop = |key: LeaseKey, cause: &str| wire::Stop {
             key: Some(key.into()),
             cause: clean(cause, TEXT_MAX),
+            leave: false,
         };
         let message = match said {
             ToNode::Ask(ask) => Message::Ask((*ask).into()),
@@ -316,6 +317,10 @@ impl From<ToNode> for wire::SchedulerMessage {
                 stops: stops.iter().map(|(key, cause)| stop(*key, cause)).collect(),
             }),
             ToNode::Stop { key, cause } => Message::Stop(stop(key, &cause)),
+            ToNode::Move { key, cause } => Message::Stop(wire::Stop {
+                leave: true,
+                ..stop(key, &cause)
+            }),
             ToNode::Settled { key, receipt, why } => Message::UsageReply(wire::UsageReply {
                 key: Some(key.into()),
                 receipt: receipt.map(|r| r.encode()).unwrap_or_default(),
@@ -366,6 +371,10 @@ impl TryFrom<wire::SchedulerMessage> for FromScheduler {
                         .collect::<Result<_, TranslateError>>()?,
                 }
             }
+            Message::Stop(w) if w.leave => ToNode::Move {
+                key: key("stop", w.key)?,
+                cause: clean(&w.cause, TEXT_MAX),
+            },
             Message::Stop(w) => ToNode::Stop {
                 key: key("stop", w.key)?,
                 cause: clean(&w.cause, TEXT_MAX),

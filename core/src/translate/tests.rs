@@ -247,6 +247,10 @@ fn everything_a_scheduler_says_arrives_as_said() {
             key,
             cause: "cancelled".into(),
         }),
+        FromScheduler::Said(ToNode::Move {
+            key,
+            cause: "the machine's own people wait for it".into(),
+        }),
         FromScheduler::Said(ToNode::Settled {
             key,
             receipt: Some(receipt()),

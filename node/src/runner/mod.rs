@@ -20,7 +20,7 @@ use karez_core::{
     id::LeaseKey,
     records::{Generate, Order, Verified, Work},
     translate::Piece,
-    unit::Bytes,
+    unit::{Bytes, Millis},
 };
 use karez_engine::{
     EngineError, Event, FailureKind, Run,
@@ -243,6 +243,12 @@ fn is_zero(n: &u64) -> bool {
 }
 
 impl Running {
+    /// A worker is ready, which was asked for at `began`.
+    fn loaded(&mut self, began: Instant) {
+        let took = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
+        self.meters.loading = self.meters.loading.saturating_add(Millis(took));
+    }
+
     fn progress(&mut self) {
         if self.told.elapsed() >= PROGRESS_EVERY {
             self.told = Instant::now();
@@ -342,10 +348,12 @@ impl Running {
         loop {
             let mut stopped = self.stopped.clone();
             // Dropping what is not ready yet kills the half-started worker.
+            let began = Instant::now();
             let lent = tokio::select! {
                 lent = self.worker(tools) => lent?,
                 () = stopped.said() => return Err(Failure::Stopped),
             };
+            self.loaded(began);
             let before = self.meters.items;
             let mut flight = VecDeque::new();
             match self.items(&lent, &mut feed, &mut flight).await {

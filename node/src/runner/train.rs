@@ -50,10 +50,12 @@ impl Running {
     pub(super) async fn train(&mut self, train: &Train, tools: &Tools) -> Result<Pin, Failure> {
         let mut stopped = self.stopped.clone();
         // Dropping what is not ready yet kills the half-started worker.
+        let began = std::time::Instant::now();
         let lent = tokio::select! {
             lent = self.worker(tools) => lent?,
             () = stopped.said() => return Err(Failure::Stopped),
         };
+        self.loaded(began);
         self.steps(train, tools, &lent).await
     }
 

@@ -75,6 +75,9 @@ impl Checker {
         }
         self.judged(Rule::LeasedOnce);
         self.judged(Rule::Residency);
+        if live && let Err(rule) = self.together(n, &key) {
+            self.fail(rule);
+        }
         if live {
             let held = count(&mut self.held[n], &lease.device_class, lease.devices.into());
             let has = self.nodes[n].device(&lease.device_class).map_or(0, |d| d.count);
@@ -116,6 +119,12 @@ impl Checker {
             .device(&lease.device_class)
             .ok_or("there is no such device")?;
         node.allowed(order, device)?;
+        if lease.devices != order.constraints.devices.max(1) {
+            return Err(format!(
+                "it takes {} devices, another number than its order wants",
+                lease.devices
+            ));
+        }
         if lease.rate > *rate || lease.rate != device.rate {
             return Err(format!(
                 "it costs {}, offered {}, asked {rate}",

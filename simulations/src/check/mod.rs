@@ -4,6 +4,7 @@
 //! postings, and whether a node may run a job is worked out anew from the user's order and the true machine.
 //! The first broken rule is kept; the world stops there. How often each rule was judged is counted, so that a
 //! report can tell a rule that held from one that was never tried.
+mod gangs;
 mod leases;
 mod money;
 mod truth;
@@ -43,6 +44,10 @@ pub enum Rule {
     Residency,
     /// After the storm every job comes to an end.
     Liveness,
+    /// Parts that must run together are asked for together, at one site.
+    Together,
+    /// Work is moved no more often than its institution's bound.
+    Moved,
 }
 
 impl Rule {
@@ -56,6 +61,8 @@ impl Rule {
             Self::OwnerFirst => "guests gone when the owner's grace is over",
             Self::Residency => "nothing ran where it may not",
             Self::Liveness => "every job came to an end",
+            Self::Together => "what runs together started together, at one site",
+            Self::Moved => "work moved no more often than the bound",
         }
     }
 }
@@ -126,6 +133,11 @@ pub struct Checker {
     counts: BTreeMap<Rule, u64>,
     broken: Option<String>,
     settlements: u64,
+    /// The world's clock.
+    now: u64,
+    /// Rows of each job's parts.
+    parts: BTreeMap<JobId, u32>,
+    gangs: gangs::Gangs,
 }
 
 impl Checker {
@@ -162,6 +174,9 @@ impl Checker {
             counts: BTreeMap::new(),
             broken: None,
             settlements: 0,
+            now: 0,
+            parts: BTreeMap::new(),
+            gangs: gangs::Gangs::default(),
         }
     }
 
@@ -288,6 +303,7 @@ impl Checker {
             ToNode::Ask(ask) => {
                 let key = ask.key;
                 self.judged(Rule::LeasedOnce);
+                self.asked_together(s, &key);
                 if self.orders.contains_key(&key.job) && self.scheduler_of(&key.job) != Some(s) {
                     self.fail(format!(
                         "{key} was asked for by a scheduler its order was not given to"
@@ -313,6 +329,7 @@ impl Checker {
                     self.fail(format!("{key} was asked for an order nobody signed"));
                 }
             }
+            ToNode::Move { key, .. } => self.moved(s, key),
             ToNode::Settled {
                 key,
                 receipt: Some(receipt),
@@ -381,6 +398,8 @@ impl Checker {
         let Some(named) = named else {
             return self.fail("a part row has a bad key".into());
         };
+        let count = self.parts.entry(named.0).or_default();
+        *count = (*count).max(named.1 + 1);
         match value.map(serde_json::from_slice::<PartRow>) {
             Some(Ok(row)) if row.state == "queued" => {
                 self.queued.insert(named);
@@ -443,6 +462,7 @@ impl Checker {
         for job in self.open.clone() {
             self.fail(format!("{job:?} never ended"));
         }
+        self.gangs_at_rest();
         self.money_at_rest(s, believed);
         let jobs: Vec<JobId> = self
             .ended

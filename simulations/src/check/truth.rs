@@ -2,7 +2,7 @@
 use karez_core::{
     id::{Country, Institution},
     key::NodeId,
-    records::{Order, WorkKind},
+    records::{DataClass, Order, Tier, WorkKind},
     unit::{Bytes, Rate},
 };
 
@@ -34,6 +34,12 @@ pub struct TrueNode {
     pub speeds: Vec<(WorkKind, u64)>,
     /// Whose users its owner refuses.
     pub refuses: Vec<Institution>,
+    /// How far its workers are truly cut off.
+    pub isolation: Tier,
+    /// The most delicate data its owner takes.
+    pub data: DataClass,
+    /// Models under these licences only; empty for all.
+    pub licences: Vec<String>,
     /// Its messages are its agent's own.
     pub honest: bool,
 }
@@ -78,6 +84,19 @@ impl TrueNode {
         if device.memory < c.memory {
             return Err("it has too little memory".into());
         }
+        if device.count < c.devices.max(1) {
+            return Err("it has too few devices".into());
+        }
+        if self.isolation < c.isolation {
+            return Err(format!("its isolation is {}", self.isolation));
+        }
+        if self.data < c.data {
+            return Err(format!("its owner takes no {} data", c.data));
+        }
+        let has_model = order.work.kind() != WorkKind::Noop;
+        if has_model && !self.licences.is_empty() && !self.licences.contains(&c.licence) {
+            return Err(format!("its owner runs no model under {:?}", c.licence));
+        }
         if c.donated_only && device.rate > Rate::FREE {
             return Err("it is not donated".into());
         }
@@ -85,6 +104,14 @@ impl TrueNode {
             return Err("it is dearer than the order allows".into());
         }
         Ok(())
+    }
+
+    /// Parts of `order` that could run here at once, money aside.
+    pub fn room_for(&self, order: &Order) -> u32 {
+        let able = self.devices.iter().filter(|d| self.allowed(order, d).is_ok());
+        able.map(|d| d.count / order.constraints.devices.max(1))
+            .max()
+            .unwrap_or(0)
     }
 
     /// Could some device of this machine ever run `order`, money aside?

@@ -17,11 +17,14 @@ use crate::{
     traces::{self, Folder, TraceError},
 };
 use karez_core::{
+    fair::Shares,
     id::{Country, Institution},
+    placement::{Grid, Policy},
     unit::{Bytes, Credits, Millis, Rate},
 };
 use shape::{
-    ArrivalsFile, FaultFile, File, HabitFile, ItemFile, MachineFile, TimingFile, WhatFile, WorkloadFile,
+    ArrivalsFile, FaultFile, File, HabitFile, ItemFile, MachineFile, PowerFile, TimingFile, WhatFile,
+    WorkloadFile,
 };
 use std::{
     collections::BTreeMap,
@@ -33,6 +36,8 @@ use std::{
 pub const MACHINES_MAX: usize = 2_000_000;
 /// The most schedulers.
 const SCHEDULERS_MAX: usize = 64;
+/// A kilowatt-hour about anywhere: credits, and grams of CO2. About the means of the public tables by country.
+const USUAL: (f64, f64) = (0.15, 450.0);
 /// The longest scenario.
 const HOURS_MAX: f64 = 24.0 * 366.0;
 
@@ -197,7 +202,8 @@ impl Reader<'_> {
             .iter()
             .map(|fault| self.fault(fault, &seats))
             .collect::<Result<_, _>>()?;
-        let (links, links_from) = match self.data {
+        let (policy, power_from) = self.power(f.power.as_ref())?;
+        let (links, mut links_from) = match self.data {
             Some(data) => {
                 let links = Links::measured(traces::latency::round_trips(&data.latency())?);
                 let from = format!("{} measured pairs of countries", links.pairs());
@@ -208,7 +214,10 @@ impl Reader<'_> {
                 "a line fitted to measured pairs of countries".to_owned(),
             ),
         };
+        links_from.push_str(&power_from);
         let setup = Setup {
+            policy,
+            shares: Shares::default(),
             name: f.name,
             about: f.about,
             nodes: 0,
@@ -251,6 +260,53 @@ impl Reader<'_> {
             setup,
             links_from,
         })
+    }
+
+    /// Electricity and carbon as the data folder's tables have them, else the same everywhere.
+    fn power(&self, power: Option<&PowerFile>) -> Result<(Policy, String), ScenarioError> {
+        let mut policy = Policy::default();
+        let Some(power) = power else {
+            return Ok((policy, String::new()));
+        };
+        policy.energy.watts.clone_from(&power.watts);
+        policy.energy.carbon_price = self.credits(
+            "power.carbon_price_credits_per_kg",
+            power.carbon_price_credits_per_kg,
+        )?;
+        policy.energy.carbon_max = power.carbon_max_grams;
+        let tables = match self.data {
+            Some(data) => Some((
+                traces::energy::electricity(&data.electricity())?,
+                traces::energy::carbon(&data.carbon())?,
+            )),
+            None => None,
+        };
+        let mut known = 0;
+        for place in PLACES {
+            let (price, grams) = match &tables {
+                Some((prices, carbon)) => {
+                    let found = (prices.get(place.iso3), carbon.get(place.iso3));
+                    known += usize::from(found.0.is_some() && found.1.is_some());
+                    (*found.0.unwrap_or(&USUAL.0), *found.1.unwrap_or(&USUAL.1))
+                }
+                None => USUAL,
+            };
+            let Ok(country) = place.code.parse() else { continue };
+            let grid = Grid {
+                // A dollar is a credit.
+                price: self.credits("electricity", price)?,
+                grams: grams.round() as u32,
+            };
+            policy.energy.grids.insert(country, grid);
+        }
+        let from = match tables {
+            Some(_) => format!("; power from tables of {known} of these countries"),
+            None => format!(
+                "; power assumed alike everywhere, {} credits and {} g of CO2 for a kilowatt-hour",
+                USUAL.0, USUAL.1
+            ),
+        };
+        Ok((policy, from))
     }
 
     fn timing(&self, t: &TimingFile) -> Result<Timing, ScenarioError> {

@@ -24,6 +24,7 @@ pub(super) struct File {
     pub(super) timing: TimingFile,
     #[serde(default)]
     pub(super) storm: StormFile,
+    pub(super) power: Option<PowerFile>,
     #[serde(default)]
     pub(super) machine: BTreeMap<String, MachineFile>,
     #[serde(default)]
@@ -71,6 +72,15 @@ pub(super) struct StormFile {
     pub(super) liars_per_mille: u64,
     pub(super) slow_per_mille: u64,
     pub(super) skew_seconds: f64,
+}
+
+/// What schedulers know of electricity and carbon.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(super) struct PowerFile {
+    pub(super) watts: BTreeMap<String, u32>,
+    pub(super) carbon_price_credits_per_kg: f64,
+    pub(super) carbon_max_grams: Option<u32>,
 }
 
 #[derive(Debug, Deserialize)]

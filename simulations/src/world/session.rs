@@ -197,6 +197,7 @@ fn brief_to_node(message: &ToNode) -> String {
                 stops
             )
         }
+        ToNode::Move { key, cause } => format!("move {key}: {cause}"),
         ToNode::Stop { key, cause } => format!("stop {key}: {cause}"),
         ToNode::Settled { key, receipt, why } => {
             format!(

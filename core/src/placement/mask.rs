@@ -1,0 +1,67 @@
+//! What excludes a whole node before any of its devices is judged: places, owners, data, licences, isolation.
+//!
+//! Masks exclude, they never weigh. The node judges the same by itself (`agent`); here it only saves asking in vain.
+use super::{Hint, Policy, Request, Requirement};
+use crate::{
+    id::{Country, Institution},
+    prelude::*,
+    records::{Constraints, Offer, Tier, WorkKind},
+};
+
+/// The country is allowed and not excluded.
+pub(super) fn in_country(c: &Constraints, country: &Country) -> bool {
+    (c.countries.is_empty() || c.countries.contains(country)) && !c.countries_excluded.contains(country)
+}
+
+/// The institution is allowed and not excluded.
+pub(super) fn of_institution(c: &Constraints, name: &Institution) -> bool {
+    (c.institutions.is_empty() || c.institutions.contains(name)) && !c.institutions_excluded.contains(name)
+}
+
+/// The first mask that the node fails.
+pub(super) fn fails(offer: &Offer, request: &Request<'_>, policy: &Policy) -> Option<Requirement> {
+    let (c, terms) = (request.constraints, &offer.terms);
+    if !in_country(c, &offer.country) {
+        Some(Requirement::Country)
+    } else if !of_institution(c, &offer.institution) {
+        Some(Requirement::Institution)
+    } else if !policy.energy.allows(&offer.country) {
+        Some(Requirement::Carbon)
+    } else if request.user.is_some_and(|user| !terms.serves(user)) || !terms.does(request.kind) {
+        Some(Requirement::Owner)
+    } else if c.data > terms.data {
+        Some(Requirement::Data)
+    } else if !terms.licensed(&c.licence, request.kind != WorkKind::Noop) {
+        Some(Requirement::Licence)
+    } else if c.isolation > Tier::None && Tier::of_offer(&offer.isolation) < c.isolation {
+        Some(Requirement::Isolation)
+    } else {
+        None
+    }
+}
+
+/// What the node has instead of what it was excluded for.
+pub(super) fn hint(offer: &Offer, request: &Request<'_>, failed: Requirement) -> Hint {
+    Hint::Name(match failed {
+        Requirement::Country | Requirement::Carbon => offer.country.to_string(),
+        Requirement::Institution => offer.institution.to_string(),
+        Requirement::Owner if !offer.terms.does(request.kind) => {
+            format!("{} does no {} work", offer.institution, request.kind.as_str())
+        }
+        Requirement::Owner => {
+            let user = request.user.map_or("strangers", |user| user.as_str());
+            format!("{} does not serve {user}", offer.institution)
+        }
+        Requirement::Data => offer.terms.data.to_string(),
+        Requirement::Licence => offer
+            .terms
+            .licences
+            .iter()
+            .take(4)
+            .cloned()
+            .collect::<Vec<_>>()
+            .join(", "),
+        Requirement::Isolation => Tier::of_offer(&offer.isolation).to_string(),
+        _ => return Hint::Nothing,
+    })
+}
