@@ -15,6 +15,7 @@ use crate::{
     task::{self, Sampling, Task, What},
 };
 use anyhow::Result;
+use karez_core::translate::UNNAMED_TOKEN;
 use karez_proto::control as wire;
 use serde_json::{Map, Value, json};
 use tonic::Code;
@@ -92,6 +93,12 @@ pub(crate) async fn follow(
             let request = wire::JobRequest { job };
             call(link.client.clone().cancel(request)).await?;
             running.close().await;
+            if tokens.contains(&UNNAMED_TOKEN) {
+                return Err(fault(
+                    Kind::JobFailed,
+                    "the provider's server was lost in the middle of its answer, and no other can go on with it: ask again",
+                ));
+            }
             before.extend(tokens);
             continue;
         }

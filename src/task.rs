@@ -232,7 +232,8 @@ async fn work(out: Option<&Out>, link: &Link, artifacts: &Artifacts, what: &What
 }
 
 pub(crate) fn expect_format(model: &wire::Model, wanted: &str, command: &str) -> Result<()> {
-    if model.format.is_empty() || model.format == wanted {
+    // What a provider's own server does with a model, only the server knows.
+    if model.format.is_empty() || model.format == wanted || model.format == "served" {
         return Ok(());
     }
     Err(fault(

@@ -32,7 +32,8 @@ pub(crate) fn artifact(wire: Option<&records::ArtifactRef>) -> Result<ArtifactRe
     let kind = match wire.kind.as_str() {
         "blob" => ArtifactKind::Blob,
         "tree" => ArtifactKind::Tree,
-        _ => return Err(bad("is neither blob nor tree")),
+        "served" => ArtifactKind::Served,
+        _ => return Err(bad("is of an unknown kind")),
     };
     let digest = Digest::try_from(wire.digest.as_slice()).map_err(|_| bad("has no digest"))?;
     Ok(ArtifactRef {

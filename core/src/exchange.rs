@@ -5,6 +5,7 @@ use crate::{
     key::NodeId,
     prelude::*,
     records::{Lease, MeterReading, Order, Receipt, Usage, Verified},
+    routing::Warmth,
     unit::{DeviceMillis, Millis, Rate, UtcMillis},
 };
 use serde::{Deserialize, Serialize};
@@ -134,6 +135,13 @@ pub enum ToScheduler {
     },
     /// The work ended. Repeated until acknowledged.
     Finished(Box<FinishedLease>),
+    /// An answer that is waited for is still worked on. Said every second.
+    Alive {
+        /// Of which lease.
+        key: LeaseKey,
+    },
+    /// What the node keeps warm, whenever that has changed.
+    Warm(Warmth),
 }
 
 /// The whole trail of a lease that ended, so that a scheduler that lost its memory can still bill it.

@@ -25,6 +25,7 @@ pub mod money;
 pub mod placement;
 mod prelude;
 pub mod records;
+pub mod routing;
 pub mod store;
 pub mod translate;
 pub mod unit;

@@ -84,6 +84,9 @@ impl Shown {
     }
 }
 
+/// A silence counts as so many failures: somebody waits for every question.
+const SILENCE_FAILURES: u32 = 16;
+
 /// What is believed of a node that nobody has watched: no reclaim in so much device time.
 const WATCHED_BEFORE: DeviceMillis = DeviceMillis(100 * 3_600_000);
 /// After so much more device time, what was seen before counts half.
@@ -431,6 +434,13 @@ impl Market {
     pub fn note_failure(&mut self, node: &NodeId) {
         self.change(node, true, |listing| {
             listing.failures = listing.failures.saturating_add(1);
+        });
+    }
+
+    /// Notes that it took a question and then wrote nothing: the next ones rather go elsewhere.
+    pub fn note_silence(&mut self, node: &NodeId) {
+        self.change(node, true, |listing| {
+            listing.failures = listing.failures.saturating_add(SILENCE_FAILURES);
         });
     }
 

@@ -66,6 +66,12 @@ pub enum EngineError {
     /// The run was cancelled, as asked.
     #[error("cancelled")]
     Cancelled,
+    /// A server that the provider runs, and that this node only fronts, is not fit to work with.
+    #[error("the provider's own server: {reason}")]
+    Server {
+        /// What it did.
+        reason: String,
+    },
     /// The two ends do not speak the same protocol.
     #[error("worker protocol: {reason}")]
     Protocol {
@@ -96,6 +102,8 @@ pub enum FailureKind {
     Hung,
     /// [`EngineError::Cancelled`]
     Cancelled,
+    /// [`EngineError::Server`]
+    Server,
     /// [`EngineError::Protocol`]
     Protocol,
 }
@@ -127,6 +135,7 @@ impl EngineError {
             Self::Crashed { .. } => FailureKind::Crashed,
             Self::Hung { .. } => FailureKind::Hung,
             Self::Cancelled => FailureKind::Cancelled,
+            Self::Server { .. } => FailureKind::Server,
             Self::Protocol { .. } => FailureKind::Protocol,
         }
     }
@@ -156,7 +165,7 @@ impl FailureKind {
     pub fn blame(self) -> Blame {
         match self {
             Self::BadModel | Self::ContextOverflow | Self::BadInput => Blame::Job,
-            Self::TooLarge | Self::Unsupported | Self::Protocol => Blame::Node,
+            Self::TooLarge | Self::Unsupported | Self::Server | Self::Protocol => Blame::Node,
             Self::Busy | Self::Crashed | Self::Hung => Blame::Chance,
             Self::Cancelled => Blame::Caller,
         }

@@ -212,7 +212,7 @@ impl Artifacts {
         blocking(move || {
             let pin = store.pin(&artifact)?;
             let (path, view) = match artifact.kind {
-                ArtifactKind::Blob => (store.path(&artifact)?, None),
+                ArtifactKind::Blob | ArtifactKind::Served => (store.path(&artifact)?, None),
                 ArtifactKind::Tree => {
                     // Removed by its guard even when linking stops half-way.
                     let guard = View(view);

@@ -73,6 +73,8 @@ pub struct NodeConfig {
     pub models: Models,
     /// The owner's own trainer; ours serves where there is none.
     pub trainer: Option<TrainerConfig>,
+    /// A server of the owner's that answers instead of this machine's own engines.
+    pub server: Option<Server>,
     /// Whom and what the owner serves.
     pub policy: Policy,
     /// Where the node listens.
@@ -116,6 +118,23 @@ pub struct TrainerConfig {
     pub python: PathBuf,
     /// Whether it serves leases on the CPU too, where our own is mostly faster.
     pub cpu: bool,
+}
+
+/// A server that speaks OpenAI's API and runs already: vLLM, llama-server, Ollama, SGLang.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Server {
+    /// `http://host:port`, with or without `/v1`, on this machine or in its own network.
+    pub url: String,
+    /// The models to offer, by the server's names; all it has when empty.
+    pub models: Vec<String>,
+    /// Requests at a time for each model.
+    pub requests: u32,
+    /// A server that writes nothing for so long is given up.
+    pub silence: Millis,
+    /// A file with the bearer token it asks for.
+    pub key_file: Option<PathBuf>,
+    /// A `tokenizer.json` to check its counts with.
+    pub tokenizer: Option<PathBuf>,
 }
 
 /// Whom and what the owner serves.
@@ -286,6 +305,7 @@ struct RawConfig {
     #[serde(default)]
     models: RawModels,
     trainer: Option<RawTrainer>,
+    server: Option<RawServer>,
     #[serde(default)]
     policy: RawPolicy,
     #[serde(default)]
@@ -320,6 +340,64 @@ struct RawTrainer {
     python: PathBuf,
     #[serde(default)]
     cpu: bool,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawServer {
+    url: String,
+    #[serde(default)]
+    models: Vec<String>,
+    requests: Option<u32>,
+    silence: Option<Span>,
+    key_file: Option<PathBuf>,
+    tokenizer: Option<PathBuf>,
+}
+
+impl RawServer {
+    fn checked(self) -> Result<Server, Bad> {
+        let rest = self.url.strip_prefix("http://").unwrap_or_default();
+        let host = rest.strip_suffix('/').unwrap_or(rest);
+        let host = host.strip_suffix("/v1").unwrap_or(host);
+        if !is_host_port(host) || host.contains(['/', '@', '?', '#']) {
+            let why = format!(
+                "{:?} is not http://host:port, like http://127.0.0.1:8000",
+                self.url
+            );
+            return Err(("server.url", why));
+        }
+        if self.models.len() > SERVED_MAX {
+            return Err(("server.models", format!("names more than {SERVED_MAX} models")));
+        }
+        if let Some(bad) = self.models.iter().find(|name| !is_served_name(name)) {
+            return Err(("server.models", format!("{bad:?} {SERVED_NAME_RULE}")));
+        }
+        Ok(Server {
+            url: format!("http://{host}"),
+            models: self.models,
+            requests: within("server.requests", self.requests.unwrap_or(8), 1, 1024)?,
+            silence: within(
+                "server.silence",
+                self.silence.map_or(Millis(30_000), |s| s.0),
+                Millis(100),
+                Millis(600_000),
+            )?,
+            key_file: self.key_file,
+            tokenizer: self.tokenizer,
+        })
+    }
+}
+
+/// Models of a server that one node offers at most: each is a class of device.
+pub(crate) const SERVED_MAX: usize = 15;
+/// What is wrong with a name that is not [`is_served_name`].
+pub(crate) const SERVED_NAME_RULE: &str =
+    "is no name for a model here: 1 to 56 letters, digits and -._:/@+ are";
+
+/// A server's model becomes a class of device, whose name is short and plain.
+pub(crate) fn is_served_name(name: &str) -> bool {
+    let plain = |b: u8| b.is_ascii_alphanumeric() || b"-._:/@+".contains(&b);
+    (1..=56).contains(&name.len()) && name.bytes().all(plain)
 }
 
 #[derive(Deserialize, Default)]
@@ -540,6 +618,7 @@ impl RawConfig {
                 .map(|(class, price)| (class, price.0))
                 .collect(),
             models,
+            server: self.server.map(RawServer::checked).transpose()?,
             limits,
             trainer: self.trainer.map(|trainer| TrainerConfig {
                 python: trainer.python,
@@ -685,6 +764,19 @@ store = "20 GiB"
 # Use it on CPUs too; Karez's own trainer is mostly faster there.
 # cpu = true
 
+# A server of yours that runs already and speaks OpenAI's API, instead of this machine's own engines: vLLM, llama-server,
+# Ollama, SGLang. It must be on this machine or in its own network.
+# [server]
+# url = "http://127.0.0.1:8000"
+# Its names of the models to lend. Default: all it has, 15 at most.
+# models = ["llama3.1:8b"]
+# Requests at a time for each model: each is a lease, at the price of "server/NAME" in [rates].
+# requests = 8
+# silence = "30 s"
+# key_file = "server.key"
+# Checks what the server says it counted.
+# tokenizer = "/path/to/tokenizer.json"
+
 # Whom and what you serve; empty lists mean everybody and everything.
 [policy]
 # institutions = ["uni-nairobi"]
@@ -806,6 +898,13 @@ mod tests {
             ("[policy]\ninstitutions = ['UPPER']\n", 5, "institutions"),
             ("[[scheduler]]\nkey = 'abc'\ncontrol_addr = 'x:1'\n", 5, "key"),
             ("[listen]\npeer = ['0.0.0.0:1']\n", 5, "multiaddress"),
+            ("[server]\nurl = 'https://x:1'\n", 5, "server.url"),
+            ("[server]\nurl = 'http://x'\n", 5, "server.url"),
+            (
+                "[server]\nurl = 'http://x:1'\nmodels = ['a b']\n",
+                6,
+                "server.models",
+            ),
             ("what\n", 4, "what"),
         ] {
             let error = parse(&format!("{base}{more}")).unwrap_err();

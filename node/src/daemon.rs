@@ -14,14 +14,17 @@ use crate::{
     control::{self, ControlError, Request},
     probe::Found,
     runner::{Ended, Tools},
+    server::{Seen, Served},
     session::{ArtifactAddrs, Link},
     stop::Stopper,
 };
 use karez_core::{
     agent::{Agent, Effect, Event, Exit, OwnerCommand},
-    exchange::{Refusal, ToNode, ToScheduler},
+    exchange::{Phase, Refusal, ToNode, ToScheduler},
     id::LeaseKey,
     key::{NodeId, SchedulerId, SecretKey},
+    records::Device,
+    routing::Warmth,
     store::StoredError,
     unit::{Bytes, MonoMillis, Now, UtcMillis},
 };
@@ -54,6 +57,8 @@ const BATCH_MAX: usize = 64;
 const TICK_MIN: Duration = Duration::from_millis(5);
 /// How long a drained node still answers its owner.
 const DRAINED: Duration = Duration::from_secs(1);
+/// What is warm is said again after this, though it has not changed: schedulers believe it for thirty seconds.
+const WARM_EVERY: Duration = Duration::from_secs(10);
 /// When the daemon stops, its guests get this long.
 const LEAVE_GRACE: Duration = Duration::from_millis(800);
 /// And after that everything else.
@@ -170,6 +175,10 @@ pub(crate) enum Input {
         scheduler: SchedulerId,
         control_addr: String,
     },
+    /// What the provider's own server can do now.
+    Server(Seen),
+    /// A second has passed.
+    Pulse,
     /// A lease came to its end.
     Ended { key: LeaseKey, ended: Box<Ended> },
 }
@@ -249,6 +258,8 @@ struct Daemon {
     sessions: JoinSet<()>,
     peer: Peer,
     secret: SecretKey,
+    /// What each scheduler was last told of what is warm, and when.
+    told_warm: BTreeMap<SchedulerId, (Instant, Warmth)>,
     /// Why nothing can be stored now.
     stalled: Option<String>,
     /// The owner said to drain while this process lives.
@@ -398,6 +409,11 @@ impl Daemon {
                 self.pins.entry(key).or_default().extend(pins);
                 Event::Fetched { key, bytes_in }
             }
+            Input::Server(seen) => self.capacity(seen),
+            Input::Pulse => {
+                self.pulse();
+                return;
+            }
             Input::Ended { key, ended } => {
                 self.guests.remove(&key);
                 let Ended {
@@ -419,6 +435,48 @@ impl Daemon {
             }
         };
         self.agent.handle(now, event, out);
+    }
+
+    /// What schedulers want to hear every second: what is warm, where it has changed, and that leases whose work does not
+    /// run, or no longer, are being seen to.
+    fn pulse(&mut self) {
+        let status = self.agent.status();
+        for (scheduler, held) in status.held {
+            if self.fetches.contains_key(&held.key) || held.phase == Phase::Finished {
+                self.say(scheduler, ToScheduler::Alive { key: held.key });
+            }
+        }
+        let warmth = self.tools.warm.warmth();
+        for scheduler in status.connected {
+            let told = self.told_warm.get(&scheduler);
+            let due = told.is_none_or(|(at, told)| *told != warmth || at.elapsed() >= WARM_EVERY);
+            if due {
+                self.told_warm.insert(scheduler, (Instant::now(), warmth.clone()));
+                self.say(scheduler, ToScheduler::Warm(warmth.clone()));
+            }
+        }
+    }
+
+    /// What there is to lend, when that is a server of the owner's.
+    fn capacity(&mut self, seen: Seen) -> Event {
+        let requests = self.tools.server.as_ref().map_or(0, |server| server.requests());
+        for note in seen.notes.iter().filter(|note| !self.found.notes.contains(note)) {
+            tracing::warn!("{note}");
+        }
+        for model in &seen.models {
+            tracing::info!(model = %model.name, work = model.work.as_str(), speed_milli = model.speed.0, "the provider's own server has it");
+        }
+        let device = |model: &Served| Device {
+            class: model.class(),
+            count: requests,
+            free: requests,
+            memory: self.found.memory,
+            rate: self.config.rate_of(&model.class()),
+        };
+        let devices = seen.models.iter().map(device).collect();
+        let engines = seen.engines();
+        self.found.notes = seen.notes;
+        Event::Capacity { devices, engines }
     }
 
     /// What the owner's word means beside the agent.

@@ -11,6 +11,7 @@
 //! | [`daemon`] | the one loop that owns the agent; start at [`daemon::run`] |
 //! | [`runner`] | one lease: input lines in, result lines out |
 //! | `trainer` | the owner's own trainer, where there is one |
+//! | `server` | a server of the owner's that runs already, fronted instead of own engines |
 //! | [`control`] | the owner's socket: status, open, pause, drain, reclaim |
 //!
 //! Not here: the engines and their sandbox (`karez-engine`), moving artifacts (`karez-net`), anything of a scheduler.
@@ -21,11 +22,13 @@ pub mod bench;
 pub mod config;
 pub mod control;
 pub mod daemon;
+mod energy;
 mod files;
 pub mod human;
 pub mod init;
 pub mod probe;
 pub mod runner;
+mod server;
 mod session;
 mod stop;
 mod trainer;

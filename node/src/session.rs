@@ -101,6 +101,17 @@ impl Pieces {
     }
 }
 
+impl Pieces {
+    /// That a lease is being worked on.
+    pub(crate) fn alive(&self, key: karez_core::id::LeaseKey) {
+        if let Some(outbox) = self.0.upgrade()
+            && outbox.capacity() > OUTBOX_MAX / 4
+        {
+            let _ = outbox.try_send(ToScheduler::Alive { key }.into());
+        }
+    }
+}
+
 /// What a session is made with.
 pub(crate) struct Dial {
     pub(crate) scheduler: SchedulerEntry,

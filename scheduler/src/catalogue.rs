@@ -7,6 +7,8 @@ use karez_ledger::{Op, StoreError, Tables, Transaction, Writer};
 use serde::{Deserialize, Serialize};
 use std::{collections::BTreeMap, sync::Mutex};
 
+/// The format of a model that providers' own servers answer for: known by its name alone.
+pub(crate) const SERVED: &str = "served";
 /// The table of the durable writer.
 pub(crate) const TABLE: &str = "models";
 /// The most names.

@@ -17,6 +17,7 @@
 //! | `peers` | offers and summaries over the peer network |
 //! | `witness` | tree heads shown to other schedulers, cosigned for them, and forks found out |
 //! | [`pricing`] | what the operator counts into costs and shares |
+//! | `prompts` | how a question begins, for routing |
 //! | `pins` | artifacts that unfinished jobs need, kept from eviction |
 //! | `limits` | how much one key may ask |
 //! | `monitor` | the plain listener for health checks and reflection |
@@ -33,6 +34,7 @@ mod monitor;
 mod peers;
 mod pins;
 pub mod pricing;
+mod prompts;
 mod service;
 mod session;
 pub mod setup;

@@ -4,7 +4,7 @@
 //! answered from a state that a crash could still undo (questions wait for the commit under way). Events that queue
 //! up while one commit is written are committed together; a lone event never waits for company.
 use crate::{
-    catalogue::Catalogue,
+    catalogue::{Catalogue, Named, SERVED},
     gateway::{batches::Batches, files::Files},
     limits,
     pins::Pins,
@@ -12,11 +12,13 @@ use crate::{
     streams::Streams,
 };
 use karez_core::{
+    artifact::ArtifactRef,
     controller::{Controller, Effect, Event, Reply, RequestId},
     exchange::ToScheduler,
     id::JobId,
     key::{NodeId, PublicKey, SecretKey},
     records::Role,
+    routing::Prefix,
     store::Change,
     translate::FromScheduler,
     unit::{MonoMillis, Now},
@@ -62,6 +64,8 @@ pub(crate) struct Line {
 pub(crate) enum Input {
     /// A question whose answer is a [`Reply`].
     Ask(Box<dyn FnOnce(RequestId) -> Event + Send>, oneshot::Sender<Reply>),
+    /// How the prompt of a question begins, whose order comes next.
+    Prompt(JobId, Prefix),
     /// A node's session stands. An older one of the same node ends.
     Up(NodeId, SessionId, Line),
     /// It ended.
@@ -145,6 +149,37 @@ impl Shared {
     /// Answers a question from what is on disk. `question` must be brief: it holds up the loop.
     pub(crate) async fn look<T>(&self, question: impl FnOnce(&Controller) -> T) -> T {
         question(&*self.controller.read().await)
+    }
+
+    /// What a model's name stands for: in the catalogue, else among the models of providers' own servers.
+    pub(crate) async fn model(&self, name: &str) -> Option<Named> {
+        match self.catalogue.get(name) {
+            None => {
+                let served = self.look(|c| c.served().contains(name)).await;
+                served.then(|| self.served(name))
+            }
+            named => named,
+        }
+    }
+
+    /// Every model that can be asked for by name.
+    pub(crate) async fn models(&self) -> Vec<(String, Named)> {
+        let mut models = self.catalogue.list();
+        let served = self.look(|c| c.served()).await;
+        let unnamed = served
+            .into_iter()
+            .filter(|name| self.catalogue.get(name).is_none());
+        models.extend(unnamed.map(|name| (name.clone(), self.served(&name))));
+        models
+    }
+
+    fn served(&self, name: &str) -> Named {
+        Named {
+            artifact: ArtifactRef::served(name),
+            format: SERVED.into(),
+            licence: String::new(),
+            by: self.id,
+        }
     }
 
     /// Puts an event to the controller and waits until what it caused is on disk. `None` when the daemon stops.
@@ -280,6 +315,7 @@ impl Loop {
                 self.asked.insert(request, answer);
                 [Some(event(request)), None]
             }
+            Input::Prompt(job, prefix) => [Some(Event::Prompt { job, prefix }), None],
             Input::Up(node, session, line) => {
                 let old = self.lines.insert(node, (session, line));
                 let gone = old.map(|(_, old)| {

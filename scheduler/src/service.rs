@@ -5,8 +5,8 @@ use crate::{
     catalogue::{NameError, Named},
     config::Mode,
     gateway,
-    mind::{Shared, cached_somewhere},
-    session, streams, witness,
+    mind::{Input, Shared, cached_somewhere},
+    prompts, session, streams, witness,
 };
 use karez_core::{
     artifact::ArtifactRef,
@@ -163,6 +163,14 @@ impl Service {
         shared
             .pins
             .keep(job, [order.input].into_iter().chain(order.work.artifacts()));
+        if order.items == 1 {
+            let (store, asked) = (shared.store.clone(), order.clone());
+            let prefix = tokio::task::spawn_blocking(move || prompts::prefix(&store, &asked)).await;
+            // Without it the question goes where it costs least: nothing is lost but time.
+            if let Some(prefix) = prefix.ok().filter(|prefix| !prefix.is_empty()) {
+                let _ = shared.inputs.send(Input::Prompt(job, prefix)).await;
+            }
+        }
         if streams::streams(&order) {
             // Before the first node can write.
             shared.streams.open(job);
@@ -434,7 +442,7 @@ impl Control for Service {
             format: named.format,
             licence: named.licence,
         };
-        let models = self.0.catalogue.list().into_iter().map(model).collect();
+        let models = self.0.models().await.into_iter().map(model).collect();
         Ok(Response::new(wire::ModelsReply { models }))
     }
 

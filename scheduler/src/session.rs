@@ -168,7 +168,11 @@ async fn listen(
             Err(status) => return Ended::Gone(clean(status.message(), 200)),
         };
         match &message.message {
-            Some(wire::node_message::Message::Piece(_)) => pieces.keep().await,
+            Some(
+                wire::node_message::Message::Piece(_)
+                | wire::node_message::Message::Alive(_)
+                | wire::node_message::Message::Warm(_),
+            ) => pieces.keep().await,
             _ => pace.keep().await,
         }
         // A usage carries up to 256 readings, 40 µs each: not on a thread that serves sockets.

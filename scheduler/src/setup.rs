@@ -203,6 +203,11 @@ pub fn invite(dir: &Path, options: &InviteOptions) -> Result<String, SetupError>
     Ok(invite::encode(&Signed::sign(invitation, &secret)))
 }
 
+/// Where the scheduler of `dir` keeps its state and its ledger.
+pub fn books(dir: &Path) -> PathBuf {
+    dir.join(STATE_DIR)
+}
+
 /// The key in `dir`.
 pub fn load_key(dir: &Path) -> Result<SecretKey, IdentityError> {
     identity::load(&dir.join(KEY_FILE), "scheduler")

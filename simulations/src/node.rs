@@ -7,7 +7,7 @@ use crate::{
     world::{Crash, Due, World},
 };
 use karez_core::{
-    agent::{Agent, AgentConfig, Effect, Event, Exit, OwnerCommand, WorkerMeters},
+    agent::{Agent, AgentConfig, Counted, Effect, Event, Exit, OwnerCommand, WorkerMeters},
     artifact::{ArtifactKind, ArtifactRef},
     exchange::{FinishedLease, ToNode, ToScheduler},
     id::{Digest, LeaseKey},
@@ -486,6 +486,7 @@ impl World {
         let totals = WorkerMeters {
             loss_micro: 0,
             loading: Millis::ZERO,
+            counted: Counted::Engine,
             cpu: Millis(span),
             memory_peak: Bytes(1 << 28),
             tokens_in: tokens / 2,
@@ -611,6 +612,7 @@ fn share(of: &WorkerMeters, part: u64, whole: u64) -> WorkerMeters {
     WorkerMeters {
         loss_micro: 0,
         loading: Millis(cut(of.loading.0)),
+        counted: of.counted,
         cpu: Millis(cut(of.cpu.0)),
         memory_peak: of.memory_peak,
         tokens_in: cut(of.tokens_in),

@@ -38,7 +38,10 @@ pub(super) fn command(context: &Context, args: &VerifyArgs) -> Result<()> {
         None => Vec::new(),
     };
     let given = heads.len();
-    let options = options(&keys).with_heads(heads);
+    let options = VerifyOptions {
+        whole: args.whole,
+        ..options(&keys).with_heads(heads)
+    };
     let out = context.out;
     let name = name_of(&args.file);
     let mut reader = open(&args.file)?;
@@ -191,9 +194,11 @@ fn check_proof(context: &Context, name: &str, reader: &mut dyn io::Read, keys: &
             "it is of the ledger of scheduler {scheduler}, which is not among the given keys"
         )));
     }
-    let examined = karez_ledger::examine(entry.posting.clone(), scheduler).map_err(|e| bad(e.to_string()))?;
-    let records: Vec<(String, String)> = examined
-        .posting()
+    if entry.dropped.is_none() {
+        karez_ledger::examine(entry.posting.clone(), scheduler).map_err(|e| bad(e.to_string()))?;
+    }
+    let records: Vec<(String, String)> = entry
+        .posting
         .evidence
         .iter()
         .filter_map(|bytes| karez_core::records::describe(bytes))
@@ -206,7 +211,7 @@ fn check_proof(context: &Context, name: &str, reader: &mut dyn io::Read, keys: &
         out.json(&json!({
             "verified": true, "scheduler": scheduler.to_string(), "entry": proof.index, "entries": proof.head.size,
             "root": proof.head.root.to_string(), "kind": entry.posting.kind.as_str(), "at_ms": entry.at.0,
-            "legs": entry.posting.legs, "records": records.iter().map(record).collect::<Vec<_>>(),
+            "dropped": entry.dropped.map(|digest| digest.to_string()), "legs": entry.posting.legs, "records": records.iter().map(record).collect::<Vec<_>>(),
             "witnesses": witnesses.iter().map(|(key, _)| key.to_string()).collect::<Vec<_>>(),
         }));
         return Ok(());
@@ -226,6 +231,9 @@ fn check_proof(context: &Context, name: &str, reader: &mut dyn io::Read, keys: &
     }
     for (kind, id) in &records {
         out.line(format!("  {kind} {id}"));
+    }
+    if let Some(digest) = entry.dropped {
+        out.line(format!("  its records were dropped; their digest is {digest}"));
     }
     match witnesses.len() {
         0 => out.note(format!(
@@ -258,6 +266,12 @@ pub(crate) fn print_summary(out: &Out, s: &Summary) {
         plural(s.entries, "entry").replace("entrys", "entries"),
         count(s.records)
     ));
+    if s.dropped > 0 {
+        out.line(format!(
+            "{} had their records dropped: their signatures cannot be checked any more",
+            plural(s.dropped, "entry").replace("entrys", "entries")
+        ));
+    }
     out.line(format!("scheduler {}", s.scheduler));
     out.line(format!("head {} of {}", s.head.short(), moment(s.created.0)));
     out.line(format!("tree root {}", s.tree_head.root));
@@ -304,7 +318,7 @@ fn summary_json(s: &Summary) -> Value {
         .collect();
     json!({
         "verified": true, "scheduler": s.scheduler.to_string(), "created_ms": s.created.0,
-        "entries": s.entries, "records": s.records, "head": view::hex(&s.head.0), "balances": view::hex(&s.balances.0),
+        "entries": s.entries, "records": s.records, "dropped": s.dropped, "head": view::hex(&s.head.0), "balances": view::hex(&s.balances.0),
         "tree_head": s.tree_head.to_string(), "heads_that_fit": s.heads, "disputes_open": s.disputes_open,
         "granted_microcredits": s.granted.0, "reserved_microcredits": s.reserved.0,
         "settled_microcredits": s.settled.0, "released_microcredits": s.released.0,

@@ -1,6 +1,7 @@
 //! `karez balance` and `karez ledger`: the books, and the check that needs nobody's word.
 mod check;
 mod file;
+mod forget;
 mod report;
 
 pub(crate) use check::{check, verify_file};
@@ -126,6 +127,11 @@ Example:
     /// Operator: how far an institution's account may go under zero
     #[command(after_help = "Example:\n  karez ledger limit uni-nairobi 50")]
     Limit(file::LimitArgs),
+    /// Operator: drop the records of work that is long over; every proof and sum still holds
+    #[command(after_help = "\
+Example:
+  karez ledger forget --before 2026-01    (with the scheduler stopped)")]
+    Forget(forget::ForgetArgs),
     /// Operator: note that one institution has paid another
     #[command(
         after_help = "Example:\n  karez ledger pay uni-nairobi lab-7 12.5 --reference \"transfer 4711\""
@@ -176,6 +182,9 @@ struct VerifyArgs {
     /// The scheduler whose ledger this must be [default: the one of this home, else any]
     #[arg(long, value_name = "KEY")]
     key: Vec<SchedulerId>,
+    /// All records must be there: refuse entries whose records were dropped
+    #[arg(long)]
+    whole: bool,
 }
 
 pub(crate) async fn run(context: &Context, args: LedgerArgs) -> Result<()> {
@@ -198,6 +207,7 @@ pub(crate) async fn run(context: &Context, args: LedgerArgs) -> Result<()> {
         LedgerCommand::Grants => file::grants(context).await,
         LedgerCommand::Rates(args) => file::rates(context, &args).await,
         LedgerCommand::Limit(args) => file::limit(context, &args).await,
+        LedgerCommand::Forget(args) => forget::forget(context, &args),
         LedgerCommand::Pay(args) => file::pay(context, &args).await,
     }
 }

@@ -4,7 +4,8 @@ use crate::{
     cli::Context,
     fault::{Kind, fault},
     link,
-    out::{Column, Table, moment},
+    out::{Column, Table, moment, plural},
+    sink::Sink,
 };
 use anyhow::{Context as _, Result};
 use clap::{Args, ValueEnum};
@@ -356,17 +357,21 @@ pub(super) async fn usage(context: &Context, args: &UsageArgs) -> Result<()> {
     let names = Pseudonyms::new(context.home.key()?.as_bytes());
     let stdout = args.output.as_os_str() == "-";
     let name = args.output.display().to_string();
-    let mut to: Box<dyn io::Write> = if stdout {
-        Box::new(BufWriter::new(io::stdout()))
-    } else {
-        Box::new(BufWriter::new(
-            File::create(&args.output).with_context(|| name.clone())?,
-        ))
-    };
-    let mut writer = FormWriter::begin(&mut *to, args.form, names, args.month, args.institution.clone())?;
-    walk(context, &args.source, &mut |entry| writer.take(entry)).await?;
-    let records = writer.finish().with_context(|| name.clone())?;
     let out = context.out;
+    // What a ledger that does not verify adds up to replaces nobody's file.
+    let mut opened = Sink::at(&args.output).open(out)?;
+    let to = opened.writer();
+    let mut writer = FormWriter::begin(to, args.form, names, args.month, args.institution.clone())?;
+    walk(context, &args.source, &mut |entry| writer.take(entry)).await?;
+    let dropped = writer.dropped();
+    let records = writer.finish().with_context(|| name.clone())?;
+    opened.done()?;
+    if dropped > 0 {
+        out.warn(format!(
+            "{} of the period had their records dropped and are not among them",
+            plural(dropped, "settlement")
+        ));
+    }
     if !stdout && out.json {
         out.json(&json!({"path": args.output, "records": records, "form": args.form.to_string()}));
     } else if !stdout {

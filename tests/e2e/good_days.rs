@@ -333,14 +333,23 @@ fn a_node_finds_a_scheduler_that_admits_it() {
 
 /// Daemons that end with the test.
 #[derive(Default)]
-struct Daemons(Vec<std::process::Child>);
+pub(crate) struct Daemons(Vec<std::process::Child>);
 
 impl Daemons {
-    fn start(&mut self, home: &std::path::Path, kind: &str) {
+    /// Gives the number to stop it by.
+    pub(crate) fn start(&mut self, home: &std::path::Path, kind: &str) -> usize {
         let log = fs::File::create(home.join(format!("{kind}.log"))).unwrap();
         let mut command = crate::net::karez(home, &[kind, "run"]);
         let child = command.stdout(log.try_clone().unwrap()).stderr(log).spawn();
         self.0.push(child.unwrap());
+        self.0.len() - 1
+    }
+
+    pub(crate) fn stop(&mut self, number: usize) {
+        let child = &mut self.0[number];
+        let pid = i32::try_from(child.id()).unwrap();
+        crate::net::signal(pid, rustix::process::Signal::TERM);
+        child.wait().unwrap();
     }
 }
 
@@ -353,7 +362,7 @@ impl Drop for Daemons {
     }
 }
 
-fn patiently(mut ask: impl FnMut() -> bool) {
+pub(crate) fn patiently(mut ask: impl FnMut() -> bool) {
     let began = std::time::Instant::now();
     while !ask() {
         assert!(began.elapsed() < Duration::from_secs(30), "waited in vain");
@@ -362,7 +371,7 @@ fn patiently(mut ask: impl FnMut() -> bool) {
 }
 
 /// The first of four ports in a row that are free now.
-fn free_ports() -> u16 {
+pub(crate) fn free_ports() -> u16 {
     let from = 20_000 + u16::try_from(std::process::id() % 10_000).unwrap();
     let free = |port: u16| {
         std::net::TcpListener::bind(("127.0.0.1", port)).is_ok()

@@ -5,7 +5,10 @@
 #![allow(clippy::unwrap_used, reason = "in a test, the panic is the report")]
 mod bad_days;
 mod bad_input;
+mod books;
 mod good_days;
 mod net;
 mod openai;
+mod questions;
+mod servers;
 mod training;

@@ -191,6 +191,12 @@ impl Agent {
         if !device.class.starts_with(c.device.as_str()) || device.memory < c.memory {
             return mismatch("the order excludes this device");
         }
+        let fits = |model: &ArtifactRef| model.runs_on(&ask.device_class);
+        if !order.work.model().is_none_or(fits) {
+            return Err(Refusal::Unable {
+                why: format!("{} does not run on {}", order.work.model_name(), ask.device_class),
+            });
+        }
         if ask.rate < device.rate {
             return Err(Refusal::Price { now: device.rate });
         }

@@ -28,10 +28,6 @@ pub(super) const RETRY: Millis = Millis(5_000);
 pub(super) const ADVERTISE_GAP: Millis = Millis(100);
 /// How a guest that was called off is given time to leave.
 pub(super) const STOP_GRACE: Millis = Millis(2_000);
-/// How the meters were taken: device time by wall clock, the rest by the kernel's account of the worker.
-const METHOD: &str = "wall+rusage/1";
-const METHOD_RAPL: &str = "wall+rusage+rapl-share/1";
-const METHOD_NVML: &str = "wall+rusage+nvml/1";
 
 /// What the owner sees.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -141,11 +137,12 @@ impl Holding {
     }
 
     /// How the meters are read.
-    pub(super) fn method(&self) -> &'static str {
+    pub(super) fn method(&self) -> String {
+        let counted = self.live.worker.counted.method();
         match self.live.worker.energy.map(|e| e.by) {
-            None => METHOD,
-            Some(EnergyMeter::Rapl) => METHOD_RAPL,
-            Some(EnergyMeter::Nvml) => METHOD_NVML,
+            None => counted.into(),
+            Some(EnergyMeter::Rapl) => format!("rapl-share+{counted}"),
+            Some(EnergyMeter::Nvml) => format!("nvml+{counted}"),
         }
     }
 
@@ -369,6 +366,11 @@ impl Agent {
                 self.offer_changed |= cached != self.cached || addrs != self.addrs;
                 self.cached = cached;
                 self.addrs = addrs;
+            }
+            Event::Capacity { devices, engines } => {
+                self.offer_changed |= devices != self.config.devices || engines != self.config.engines;
+                self.config.devices = devices;
+                self.config.engines = engines;
             }
             Event::Owner(command) => self.on_owner(now, command, out),
             Event::Tick => {}

@@ -25,7 +25,7 @@ use crate::{
     unit::{Bytes, Millis},
 };
 
-/// What the owner set and the probe measured. Fixed while the agent lives.
+/// What the owner set and the probe measured. Fixed while the agent lives, but for [`Event::Capacity`].
 #[derive(Debug, Clone)]
 pub struct AgentConfig {
     /// The node's key.
@@ -83,6 +83,38 @@ pub struct WorkerMeters {
     pub loss_micro: u64,
     /// Energy, where the machine can tell.
     pub energy: Option<Energy>,
+    /// Who counted the tokens.
+    pub counted: Counted,
+}
+
+/// Who counted the tokens of a lease. The weakest count among its items is what its records name.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Counted {
+    /// The engine that computed them.
+    #[default]
+    Engine,
+    /// The provider's own server said so, and a tokenizer of the node's agrees within its tolerance.
+    ServerChecked,
+    /// The provider's own server said so, within what so many bytes of text can be.
+    Server,
+    /// A tokenizer of the node's, where the server said nothing.
+    Tokenizer,
+    /// A token for every four bytes of text, where the server said nothing and the node has no tokenizer.
+    Bytes,
+}
+
+impl Counted {
+    /// How meters were taken: device time by wall clock, processor and memory by the kernel's account of the worker,
+    /// tokens as said here.
+    pub fn method(self) -> &'static str {
+        match self {
+            Self::Engine => "wall+rusage/1",
+            Self::ServerChecked => "wall+server-usage+tokenizer/1",
+            Self::Server => "wall+server-usage/1",
+            Self::Tokenizer => "wall+tokenizer/1",
+            Self::Bytes => "wall+bytes-by-four/1",
+        }
+    }
 }
 
 /// Energy a lease has used, and who says so.
@@ -195,6 +227,13 @@ pub enum Event {
         cached: Vec<Digest>,
         /// `ip:port`.
         addrs: Vec<String>,
+    },
+    /// What there is to lend has changed: a provider's own server came, went or answers for other models.
+    Capacity {
+        /// In place of those of before.
+        devices: Vec<Device>,
+        /// In place of those of before.
+        engines: Vec<Engine>,
     },
     /// The owner said something.
     Owner(OwnerCommand),

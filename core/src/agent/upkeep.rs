@@ -229,7 +229,7 @@ pub(super) fn sign_reading(
         sequence: u32::try_from(holding.readings.len()).unwrap_or(u32::MAX),
         previous: holding.readings.last().map(Verified::id),
         meters,
-        method: holding.method().into(),
+        method: holding.method(),
         taken_at: now.utc,
         mono: now.mono,
     };

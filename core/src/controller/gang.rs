@@ -142,6 +142,7 @@ impl Controller {
                         alternatives: Vec::new(),
                         feasible: need,
                         known,
+                        warm: String::new(),
                     };
                     self.ask(now, id, *part, plan, out);
                 }

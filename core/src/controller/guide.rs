@@ -41,6 +41,9 @@ pub(super) fn shape_of(order: &Order) -> Digest {
         "{kind} {} {} {:?} {memory} {}",
         c.device, c.memory.0, c.rate_max, c.donated_only
     );
+    if let Some(served) = order.work.model().filter(|m| !m.is_content()) {
+        text.push_str(&served.digest.to_string());
+    }
     for code in c
         .countries
         .iter()

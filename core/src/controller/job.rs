@@ -278,14 +278,16 @@ impl Job {
         // Four bytes of text make about a token in most scripts and tokenisers.
         let share = u128::from(order.input.bytes.0) * u128::from(items) / u128::from(order.items.max(1));
         let tokens = u64::try_from(share / 4).unwrap_or(u64::MAX).max(items);
-        let memory = |model: &ArtifactRef| {
-            Bytes(
+        let memory = |model: &ArtifactRef| match model.is_content() {
+            // It is in the provider's server already.
+            false => Bytes::ZERO,
+            true => Bytes(
                 model
                     .bytes
                     .0
                     .saturating_add(model.bytes.0 / 4)
                     .saturating_add(64 << 20),
-            )
+            ),
         };
         match &order.work {
             Work::Noop { millis_per_item } => (

@@ -106,6 +106,10 @@ impl Controller {
             now.utc,
             slots,
         );
+        let shunned = self.shunned(now, &job.order);
+        if let Some(part) = job.parts.first_mut() {
+            part.avoid = shunned;
+        }
         if !wait && let Some(first) = job.parts.first() {
             let request = request(&job.order, first.items, first.ceiling, &[]);
             let request = placement::Request {

@@ -1,5 +1,4 @@
 //! The controller itself: orders in, leases out, nodes watched.
-use super::placing::device_limit;
 use super::{
     ControllerConfig, Effect, Event, Member, Reply,
     accounting::{ANSWERS, Books, GRANTS, LIMITS, PAYMENTS, RATES},
@@ -10,7 +9,12 @@ use super::{
     keys::{DELEGATIONS, REVOKED},
     moving::{Moves, Room},
 };
+use super::{
+    placing::device_limit,
+    questions::{QUIET_MAX, SHUN},
+};
 use crate::{
+    exchange::ToNode,
     fair::FairShare,
     id::{Digest, Institution, JobId, LeaseKey, RecordId},
     key::{NodeId, PublicKey, SchedulerId, UserId},
@@ -19,6 +23,7 @@ use crate::{
     placement::{Plan, Policy},
     prelude::*,
     records::{Delegation, Verified},
+    routing::{Hearth, Prefix},
     store::{Change, Stored, StoredError, put, read},
     unit::{Credits, DeviceMillis, Millis, MonoMillis, Now, Rate, UtcMillis},
 };
@@ -91,6 +96,12 @@ pub struct Controller {
     pub(super) guide: Option<Guide>,
     /// When it may be asked again.
     pub(super) guide_at: MonoMillis,
+    /// What nodes keep warm.
+    pub(super) hearth: Hearth,
+    /// How the prompts of questions begin; at most [`PROMPTS_MAX`].
+    pub(super) prompts: BTreeMap<JobId, Prefix>,
+    /// Nodes that took a question and wrote nothing, and until when they are the last choice.
+    pub(super) silent: BTreeMap<NodeId, MonoMillis>,
 }
 
 pub(super) struct Claim {
@@ -170,6 +181,9 @@ impl Controller {
             },
             guide: None,
             guide_at: MonoMillis::ZERO,
+            hearth: Hearth::default(),
+            prompts: BTreeMap::new(),
+            silent: BTreeMap::new(),
         };
         let bad = |pair: &Stored, why: &str| StoredError {
             table: pair.table.clone(),
@@ -315,6 +329,7 @@ impl Controller {
             Event::NodeConnected(node) => self.on_connected(node),
             Event::NodeGone(node) => self.on_gone(now, node),
             Event::Heard(node, message) => self.on_heard(now, node, message, out),
+            Event::Prompt { job, prefix } => self.on_prompt(job, prefix),
             Event::Submit {
                 request,
                 caller,
@@ -365,6 +380,7 @@ impl Controller {
     fn on_time(&mut self, now: Now, out: &mut Vec<Effect>) {
         for node in self.market.expire(now.mono) {
             out.push(Effect::Log(format!("the offer of {} expired", node.short())));
+            self.hearth.forget(&node);
         }
         while let Some((at, key)) = self.deadlines.first().copied()
             && at <= now.mono
@@ -373,10 +389,22 @@ impl Controller {
                 self.deadlines.remove(&(at, key));
                 continue;
             };
-            let why = if claim.granted {
-                format!("no word from {} any more", self.name(&claim.node))
+            let name = self.name(&claim.node);
+            let connected = self
+                .market
+                .get(&claim.node)
+                .is_some_and(|listing| listing.connected);
+            let why = if claim.granted && connected && self.must_speak(&key) {
+                self.market.note_silence(&claim.node);
+                self.silent.retain(|_, until| *until > now.mono);
+                self.silent.insert(claim.node, now.mono.after(SHUN));
+                let cause = "nothing was written".to_string();
+                out.push(Effect::Send(claim.node, ToNode::Stop { key, cause }));
+                format!("{name} took it and then wrote nothing for {} ms", QUIET_MAX.0)
+            } else if claim.granted {
+                format!("no word from {name} any more")
             } else {
-                format!("{} did not answer", self.name(&claim.node))
+                format!("{name} did not answer")
             };
             self.market.note_failure(&claim.node);
             self.lost(now, key, &claim.node, why, out);

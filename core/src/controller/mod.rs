@@ -18,6 +18,7 @@ mod mind;
 mod moving;
 mod nodes;
 mod placing;
+mod questions;
 #[cfg(test)]
 mod tests;
 mod view;
@@ -40,6 +41,7 @@ use crate::{
     placement,
     prelude::*,
     records::{Delegation, Invitation, Offer, Order, Role, Verified},
+    routing::Prefix,
     store::Change,
     unit::{Credits, Millis},
 };
@@ -137,6 +139,13 @@ pub enum Event {
     NodeGone(NodeId),
     /// A node said something.
     Heard(NodeId, ToScheduler),
+    /// How the prompt of a question begins, before its order is submitted. Without it, where its cache is warm is a guess.
+    Prompt {
+        /// The job that the order will be.
+        job: JobId,
+        /// The beginning of its prompt.
+        prefix: Prefix,
+    },
     /// A user's order.
     Submit {
         /// To be answered with [`Reply::Submitted`] or [`Reply::Refused`].

@@ -1,5 +1,6 @@
 //! What nodes say: offers, reports, grants, refusals; and attempts that came to nothing.
 use super::mind::{BACKOFF, Controller};
+use super::questions::QUIET_MAX;
 use super::{
     Denial, Effect, JoinBy, Reply, RequestId,
     job::{JobState, Part},
@@ -123,11 +124,23 @@ impl Controller {
             ToScheduler::Refused { key, why } => self.on_refused(now, node, key, &why, out),
             // Readings come again with the usage; on the way they only show that the node is alive.
             ToScheduler::Reading { key, .. } => {
-                if self.claims.get(&key).is_some_and(|c| c.node == node) {
+                if self.claims.get(&key).is_some_and(|c| c.node == node) && !self.must_speak(&key) {
                     self.due(&key, now.mono.after(self.config.lease_ttl));
                 }
             }
             ToScheduler::Finished(finished) => self.on_finished(now, node, *finished, out),
+            ToScheduler::Alive { key } => {
+                if self.claims.get(&key).is_some_and(|c| c.node == node && c.granted) && self.must_speak(&key)
+                {
+                    self.due(&key, now.mono.after(QUIET_MAX));
+                }
+            }
+            ToScheduler::Warm(warmth) => {
+                // Only of nodes that are listed, so that there are never more than those.
+                if self.market.get(&node).is_some() {
+                    self.hearth.tell(node, now.mono, &warmth);
+                }
+            }
         }
     }
 
@@ -150,7 +163,9 @@ impl Controller {
                 continue;
             };
             claim.granted = true;
-            self.due(&key, now.mono.after(until));
+            if held.phase == Phase::Finished || !self.must_speak(&key) {
+                self.due(&key, now.mono.after(until));
+            }
             if !self.is_wanted(&key) {
                 if held.phase != Phase::Finished {
                     stops.push((key, "the job is over".to_string()));
@@ -249,7 +264,10 @@ impl Controller {
 
     fn on_granted(&mut self, now: Now, node: NodeId, lease: &Verified<Lease>, out: &mut Vec<Effect>) {
         let key = lease.key();
-        let until = now.mono.after(self.config.lease_ttl);
+        let until = match self.must_speak(&key) {
+            true => now.mono.after(QUIET_MAX),
+            false => now.mono.after(self.config.lease_ttl),
+        };
         if lease.node == node {
             self.take_back(now, key, node, out);
         }

@@ -239,6 +239,9 @@ impl Controller {
                             trial.matcher = None;
                         }
                         let plan = self.stay(trial.id, index, plan);
+                        let Some(plan) = self.route(now, trial.id, index, plan) else {
+                            continue;
+                        };
                         self.ask(now, trial.id, index, plan, out);
                         asked = true;
                         break;
@@ -550,13 +553,16 @@ pub(super) fn request<'a>(
     let (units, fixed, memory) = Job::work_of(order, items);
     let mut artifacts: Vec<(Digest, Bytes)> = Vec::new();
     if let Some(model) = order.work.model() {
-        artifacts.push((model.digest, model.bytes));
+        if model.is_content() {
+            artifacts.push((model.digest, model.bytes));
+        }
         artifacts.push((order.input.digest, order.input.bytes));
     }
     Request {
         kind: order.work.kind(),
         units,
         fixed,
+        model: order.work.model().copied(),
         artifacts,
         constraints: &order.constraints,
         memory,

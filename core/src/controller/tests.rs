@@ -1481,3 +1481,6 @@ fn a_delegated_key_expires() {
     let late = Signed::sign(late.into_inner(), &secret_of("key"));
     assert!(brief(&bench.submit(&late)).contains("has expired"));
 }
+
+#[path = "question_tests.rs"]
+mod questions;

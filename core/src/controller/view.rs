@@ -158,6 +158,7 @@ use super::{
     placing::{InTime, request},
 };
 use crate::{
+    artifact::SERVER_CLASS,
     id::Digest,
     key::{PublicKey, UserId},
     money::Accounts,
@@ -385,6 +386,13 @@ impl Controller {
                 failures: listing.failures,
             })
             .collect()
+    }
+
+    /// Names of the models that providers' own servers answer for, as far as their offers are believed.
+    pub fn served(&self) -> BTreeSet<String> {
+        let classes = self.market.stock().classes();
+        let names = classes.filter_map(|(_, s)| s.device.strip_prefix(SERVER_CLASS));
+        names.map(String::from).collect()
     }
 
     /// What the other schedulers are told.

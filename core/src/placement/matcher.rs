@@ -69,6 +69,7 @@ impl Matcher {
             alternatives: few.iter().filter_map(describe).collect(),
             feasible: self.feasible(market, request),
             known: u32::try_from(market.len()).unwrap_or(u32::MAX),
+            warm: String::new(),
         })
     }
 

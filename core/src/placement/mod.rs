@@ -42,6 +42,8 @@ pub struct Request<'a> {
     pub units: u64,
     /// A fixed time the part takes on any machine, besides its units.
     pub fixed: Millis,
+    /// The model it needs: not every device can run every one.
+    pub model: Option<crate::artifact::ArtifactRef>,
     /// Artifacts it needs, with their sizes.
     pub artifacts: Vec<(crate::id::Digest, Bytes)>,
     /// The user's masks.
@@ -82,6 +84,17 @@ impl Default for Request<'_> {
             user: None,
             within: None,
             reliable: false,
+            model: None,
+        }
+    }
+}
+
+impl Request<'_> {
+    /// Whether devices of that class can run its model. Work without one needs no server.
+    pub(crate) fn runs_on(&self, device_class: &str) -> bool {
+        match &self.model {
+            Some(model) => model.runs_on(device_class),
+            None => !device_class.starts_with(crate::artifact::SERVER_CLASS),
         }
     }
 }
@@ -161,6 +174,9 @@ pub struct Plan {
     pub feasible: u32,
     /// Nodes known.
     pub known: u32,
+    /// What its being warm, or not knowing about that, had to do with it; empty for nothing.
+    #[serde(default)]
+    pub warm: String,
 }
 
 impl Plan {
@@ -172,10 +188,14 @@ impl Plan {
         } else {
             format!("{} credits/h, about {} credits", Credits(c.rate.0), c.cost)
         };
-        if self.feasible <= 1 {
+        let why = if self.feasible <= 1 {
             format!("the only free node that may run it ({price})")
         } else {
             format!("cheapest finished work of {} free nodes ({price})", self.feasible)
+        };
+        match self.warm.as_str() {
+            "" => why,
+            warm => format!("{why}; {warm}"),
         }
     }
 }
@@ -341,6 +361,7 @@ pub fn scan(market: &Market, request: &Request<'_>, policy: &Policy) -> Result<P
         alternatives: able,
         feasible,
         known: refusal.known,
+        warm: String::new(),
     })
 }
 

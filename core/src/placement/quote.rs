@@ -107,7 +107,7 @@ pub fn quote(
     let (Some(device), Some(speed)) = (offer.devices.get(i), listing.speed(request.kind)) else {
         return lack(Requirement::Engine, 0);
     };
-    if !device.class.starts_with(c.device.as_str()) {
+    if !device.class.starts_with(c.device.as_str()) || !request.runs_on(&device.class) {
         return lack(Requirement::Device, 0);
     }
     let memory = request.memory.max(c.memory);

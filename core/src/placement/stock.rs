@@ -326,6 +326,7 @@ fn admits(s: &Signature, request: &Request<'_>, policy: &Policy) -> bool {
         && of_institution(c, &s.institution)
         && policy.energy.allows(&s.country)
         && s.device.starts_with(c.device.as_str())
+        && request.runs_on(&s.device)
         && s.memory >= request.memory.max(c.memory)
         && (s.donated || !(c.donated_only || c.rate_max == Some(Rate::FREE)))
 }

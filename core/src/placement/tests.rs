@@ -392,6 +392,9 @@ fn placing_through_the_index_is_placing_by_a_full_scan() {
                         kind: chance.pick(&[WorkKind::Noop, WorkKind::Embed, WorkKind::Generate]),
                         units: chance.pick(&[0, 1, 1_000, 1_000_000, u64::MAX]),
                         fixed: Millis(chance.pick(&[0, 0, 1_000, 3_600_000])),
+                        model: chance
+                            .pick(&[None, None, Some("m"), Some("other")])
+                            .map(crate::artifact::ArtifactRef::served),
                         artifacts: (0..chance.below(3))
                             .map(|n| (artifact(n), Bytes(n << 32)))
                             .collect(),

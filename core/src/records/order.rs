@@ -108,7 +108,7 @@ impl Generate {
         let around_zero =
             |field, value: i32| f.within(field, value.unsigned_abs().into(), 2_000).map(|_| value);
         Ok(Self {
-            model: f.artifact("generate.model", f.some("generate.model", g.model)?)?,
+            model: f.model("generate.model", f.some("generate.model", g.model)?)?,
             model_name: f.text("generate.model_name", g.model_name, 128)?,
             max_tokens: up_to("generate.max_tokens", g.max_tokens, 131_072)?,
             temperature_milli: up_to("generate.temperature_milli", g.temperature_milli, 5_000)?,
@@ -232,13 +232,19 @@ impl Work {
             Self::Train(t) => Some(&t.model),
         }
     }
-    /// Every artifact it needs besides its input: the model, and what goes over it.
+    /// Every artifact to be fetched for it besides its input: the model, unless a provider's server has it, and what
+    /// goes over it.
     pub fn artifacts(&self) -> impl Iterator<Item = ArtifactRef> + '_ {
         let adapter = match self {
             Self::Generate(g) => g.adapter,
             _ => None,
         };
-        self.model().copied().into_iter().chain(adapter)
+        let all = self.model().copied().into_iter().chain(adapter);
+        all.filter(ArtifactRef::is_content)
+    }
+    /// Whether a provider's own server is to do it.
+    pub fn is_served(&self) -> bool {
+        self.model().is_some_and(|model| !model.is_content())
     }
     /// What the user called the model; empty without one.
     pub fn model_name(&self) -> &str {
@@ -426,7 +432,7 @@ impl Record for Order {
                     as u32,
             },
             wire::work::Kind::Embed(e) => Work::Embed {
-                model: model("embed.model", e.model)?,
+                model: f.model("embed.model", f.some("embed.model", e.model)?)?,
                 model_name: f.text("embed.model_name", e.model_name, 128)?,
             },
             wire::work::Kind::Generate(g) => Work::Generate(Generate::from_wire(f, g)?),

@@ -105,6 +105,21 @@ impl Fields {
             kind,
         })
     }
+
+    /// As [`Fields::artifact`], and models of providers' own servers too.
+    pub(super) fn model(self, field: &'static str, a: wire::ArtifactRef) -> Result<ArtifactRef, RecordError> {
+        if a.kind != "served" {
+            return self.artifact(field, a);
+        }
+        if a.bytes != 0 {
+            return Err(self.bad(field, "is served, and yet has a size"));
+        }
+        Ok(ArtifactRef {
+            digest: self.digest(field, &a.digest)?,
+            bytes: Bytes::ZERO,
+            kind: ArtifactKind::Served,
+        })
+    }
 }
 
 impl From<ArtifactRef> for wire::ArtifactRef {

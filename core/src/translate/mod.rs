@@ -10,7 +10,7 @@ mod session;
 mod tests;
 mod view;
 
-pub use session::{FromNode, FromScheduler, PIECE_BYTES_MAX, PIECE_TOKENS_MAX, Piece};
+pub use session::{FromNode, FromScheduler, PIECE_BYTES_MAX, PIECE_TOKENS_MAX, Piece, UNNAMED_TOKEN};
 
 use crate::{
     id::{Digest, JobId, LeaseKey},

@@ -1,7 +1,7 @@
 //! The two ends of a session: what nodes and schedulers say to each other.
 use super::{
-    ADDRS_MAX, HOLDERS_MAX, NAME_MAX, TEXT_MAX, TranslateError, addrs, bounded, clean, field, job_id, key,
-    missing, public_key, some,
+    ADDRS_MAX, HOLDERS_MAX, NAME_MAX, TEXT_MAX, TranslateError, addrs, bounded, clean, digest, field, job_id,
+    key, missing, public_key, some,
 };
 use crate::{
     exchange::{
@@ -10,6 +10,7 @@ use crate::{
     id::LeaseKey,
     prelude::*,
     records::{Signed, Verified},
+    routing,
     unit::{DeviceMillis, Millis, Rate, UtcMillis},
 };
 use alloc::boxed::Box;
@@ -61,12 +62,15 @@ pub struct Piece {
     pub first_token: u64,
     /// Whole code points; at most [`PIECE_BYTES_MAX`].
     pub text: String,
-    /// The tokens it came from; at most [`PIECE_TOKENS_MAX`].
+    /// The tokens it came from; at most [`PIECE_TOKENS_MAX`]. A piece of a provider's own server counts as one
+    /// [`UNNAMED_TOKEN`].
     pub tokens: Vec<u32>,
     /// JSON, one entry for each token; empty when not asked for. At most [`PIECE_BYTES_MAX`].
     pub logprobs: String,
 }
 
+/// A token that cannot be handed to another node: an answer that holds one cannot go on elsewhere.
+pub const UNNAMED_TOKEN: u32 = u32::MAX;
 /// Bytes of a piece's text, and of its log-probabilities, at most.
 pub const PIECE_BYTES_MAX: usize = 256 << 10;
 /// Tokens of one piece at most.
@@ -156,6 +160,13 @@ impl From<ToScheduler> for wire::NodeMessage {
                 lease: finished.lease.encode(),
                 readings: finished.readings.iter().map(Verified::encode).collect(),
             }),
+            ToScheduler::Alive { key } => Message::Alive(wire::Alive {
+                key: Some(key.into()),
+            }),
+            ToScheduler::Warm(warmth) => Message::Warm(wire::Warm {
+                models: warmth.models.iter().map(|m| m.0.to_vec()).collect(),
+                prefixes: warmth.prefixes,
+            }),
         };
         Self {
             message: Some(message),
@@ -208,6 +219,18 @@ impl TryFrom<wire::NodeMessage> for FromNode {
                 reading: Signed::open(&w.envelope)?,
             },
             Message::Usage(w) => ToScheduler::Finished(Box::new(finished(w)?)),
+            Message::Alive(w) => ToScheduler::Alive {
+                key: key("alive", w.key)?,
+            },
+            Message::Warm(w) => {
+                bounded("warm", "models", w.models.len(), routing::MODELS_MAX)?;
+                bounded("warm", "prefixes", w.prefixes.len(), routing::PREFIXES_MAX)?;
+                let models = w.models.iter().map(|m| digest("warm", "models", m));
+                ToScheduler::Warm(routing::Warmth {
+                    models: models.collect::<Result<_, _>>()?,
+                    prefixes: w.prefixes,
+                })
+            }
         };
         Ok(Self::Heard(heard))
     }

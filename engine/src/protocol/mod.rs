@@ -45,6 +45,8 @@ pub enum LoadKind {
     Embed,
     /// Training on a Hugging Face directory.
     Train,
+    /// Counting tokens with a `tokenizer.json`.
+    Count,
     /// No model: waits for a given time. For tests and for measuring the network itself.
     Noop,
 }
@@ -145,6 +147,11 @@ pub enum Work {
     },
     /// Take training steps.
     Train(Train),
+    /// Say how many tokens texts have, none added at their ends.
+    Count {
+        /// At most [`TEXTS_MAX`].
+        texts: Vec<String>,
+    },
     /// Wait.
     Noop {
         /// For how long.
@@ -207,6 +214,11 @@ pub enum Output {
         vectors: Vec<Vec<f32>>,
         /// How many texts were longer than the model's positions and were cut.
         truncated: u32,
+    },
+    /// How many tokens each text has, in the order of the texts.
+    Counts {
+        /// The numbers.
+        tokens: Vec<u64>,
     },
     /// A checkpoint lies where it was asked for. A training run that is cancelled ends with one too.
     Checkpoint(Checkpointed),

@@ -6,6 +6,7 @@
 mod bert;
 pub(crate) mod chat;
 mod check;
+mod count;
 mod encoder;
 mod llama;
 mod meter;
@@ -166,6 +167,7 @@ fn open(load: &Load, outlet: &Arc<Outlet>) -> Result<(Machine, Isolation), Engin
     let checked = match load.kind {
         LoadKind::Noop => None,
         LoadKind::Train => return open_trainer(load, threads, outlet),
+        LoadKind::Count => return open_counter(load, threads),
         kind => Some(check(load, kind)?),
     };
     prepare_environment(threads);
@@ -210,6 +212,16 @@ fn open_trainer(
     }
     let isolation = sandbox::close(Some(&load.model), None, Some(scratch), load.memory_limit);
     Ok((Machine::Single(Box::new(trainer)), isolation))
+}
+
+/// The same for a tokenizer alone.
+fn open_counter(load: &Load, threads: u16) -> Result<(Machine, Isolation), EngineError> {
+    prepare_environment(threads);
+    let isolation = sandbox::close(Some(&load.model), None, None, load.memory_limit);
+    Ok((
+        Machine::Single(Box::new(count::Counter::load(&load.model)?)),
+        isolation,
+    ))
 }
 
 fn check(load: &Load, kind: LoadKind) -> Result<ModelFile, EngineError> {

@@ -59,7 +59,7 @@ impl ArtifactStore {
             };
             let manifest = self.read_blob(&artifact.digest).ok();
             let members = match artifact.kind {
-                ArtifactKind::Blob => HashSet::from([artifact.digest]),
+                ArtifactKind::Blob | ArtifactKind::Served => HashSet::from([artifact.digest]),
                 ArtifactKind::Tree => manifest
                     .and_then(|bytes| Manifest::decode(&bytes).ok())
                     .map_or_else(

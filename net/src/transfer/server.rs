@@ -250,7 +250,9 @@ impl Session {
         }
         let pin = self.blocking(move || store.begin(&artifact)).await?;
         let files = match artifact.kind {
-            ArtifactKind::Blob => Some(Arc::new(HashMap::from([(artifact.digest, artifact.bytes.0)]))),
+            ArtifactKind::Blob | ArtifactKind::Served => {
+                Some(Arc::new(HashMap::from([(artifact.digest, artifact.bytes.0)])))
+            }
             ArtifactKind::Tree => None,
         };
         let pin = Arc::new(pin);

@@ -223,7 +223,8 @@ impl Request {
         };
         out.push(tag);
         out.push(match artifact.kind {
-            ArtifactKind::Blob => 0,
+            // What is served has no content: nothing ever has that digest.
+            ArtifactKind::Blob | ArtifactKind::Served => 0,
             ArtifactKind::Tree => 1,
         });
         out.extend_from_slice(&artifact.digest.0);

@@ -142,7 +142,7 @@ impl Daemon {
         }
     }
 
-    fn say(&mut self, to: SchedulerId, message: ToScheduler) {
+    pub(super) fn say(&mut self, to: SchedulerId, message: ToScheduler) {
         if let Some(link) = self.links.get_mut(&to)
             && !link.say(message)
         {
@@ -264,19 +264,21 @@ impl Daemon {
         let (stopper, stopped) = stop();
         self.guests.insert(key, Guest { stopper, gpus });
         if let Some(link) = self.links.get(&job.order.scheduler) {
-            link.log(
-                key,
-                format!("started on {} with {} threads", self.config.name, job.threads),
-            );
+            let with = match job.order.work.is_served() {
+                true => "its provider's own server".to_owned(),
+                false => format!("{} threads", job.threads),
+            };
+            link.log(key, format!("started on {} with {with}", self.config.name));
         }
         let (tools, back) = (self.tools.clone(), self.back.clone());
         let progress = back.clone();
         let pieces = self.links.get(&job.order.scheduler).map(Link::pieces);
-        let tell = Box::new(move |told| match told {
+        let tell = Arc::new(move |told| match told {
             // The next one says more.
             Told::Meters(meters) => drop(progress.try_send(Input::from(Event::Progress { key, meters }))),
             // Straight to the wire: it must not wait for the disk.
             Told::Piece(piece) => pieces.iter().for_each(|pieces| pieces.say(key, piece.clone())),
+            Told::Alive => pieces.iter().for_each(|pieces| pieces.alive(key)),
         });
         tokio::spawn(async move {
             let lease = tokio::spawn(async move { runner::run(job, &tools, stopped, tell).await });

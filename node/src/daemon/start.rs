@@ -5,9 +5,11 @@ use crate::{
     artifacts::Artifacts,
     config::{NodeConfig, SchedulerEntry},
     control,
+    energy::Meters,
     files::NodeFiles,
     probe::{self, Found},
-    runner::{Tools, Warm, WarmPolicy},
+    runner::{ALIVE_EVERY, Tools, Warm, WarmPolicy},
+    server::{LOOK_EVERY, Server},
     session::{self, Dial},
     trainer::Trainer,
 };
@@ -18,6 +20,7 @@ use karez_core::{
     records::{Device, WorkKind},
     store::Stored,
 };
+use karez_engine::protocol::Isolation;
 use karez_ledger::{Op, Options, StoreError, Writer};
 use karez_net::{
     identity,
@@ -87,6 +90,13 @@ impl Daemon {
                     .push(format!("PyTorch could train on the GPUs: {how}"));
             }
         }
+        if config.server.is_some() {
+            // What is lent is the server, as soon as it has answered; what it computes with is its own affair.
+            found.devices.clear();
+            found.engines.clear();
+            found.isolation = Isolation::None.to_string();
+            found.notes.clear();
+        }
         for note in &found.notes {
             tracing::warn!("{note}");
         }
@@ -151,6 +161,20 @@ impl Daemon {
             memory: found.memory_lent,
             pinned: config.models.pinned.clone(),
         };
+        background.spawn(pulse(back.clone()));
+        let server = match &config.server {
+            None => None,
+            Some(settings) => {
+                let server = Server::new(settings.clone(), dir, options.worker.clone());
+                let server = server.map_err(|error| DaemonError::Io {
+                    path: settings.key_file.clone().unwrap_or_default(),
+                    error,
+                })?;
+                let server = Arc::new(server);
+                background.spawn(watch_server(server.clone(), back.clone()));
+                Some(server)
+            }
+        };
         let warm = Warm::new(options.worker, keep);
         tracing::info!(node = %id, name = %config.name, "the node runs");
         let (threads, sequences) = (found.threads, config.models.sequences);
@@ -167,6 +191,8 @@ impl Daemon {
                 threads,
                 sequences,
                 trainer,
+                energy: Arc::new(Meters::find()),
+                server,
             }),
             inputs,
             back,
@@ -182,6 +208,7 @@ impl Daemon {
             sessions: JoinSet::new(),
             peer,
             secret,
+            told_warm: BTreeMap::new(),
             stalled: None,
             draining: false,
             leaving: false,
@@ -274,6 +301,33 @@ fn agent_config(config: &NodeConfig, found: &Found, secret: SecretKey) -> AgentC
         heartbeat: config.timing.heartbeat,
         reading_interval: config.timing.reading_interval,
         reclaim_grace: config.timing.reclaim_grace,
+    }
+}
+
+/// Wakes the loop every second. One that is late is not made up for.
+async fn pulse(back: mpsc::Sender<Input>) {
+    let mut beat = tokio::time::interval(ALIVE_EVERY);
+    beat.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        beat.tick().await;
+        if back.send(Input::Pulse).await.is_err() {
+            return;
+        }
+    }
+}
+
+/// Tells the loop what the provider's own server can do, whenever that changes.
+async fn watch_server(server: Arc<Server>, back: mpsc::Sender<Input>) {
+    let mut last = None;
+    loop {
+        let seen = server.look().await;
+        if last.as_ref() != Some(&seen) {
+            last = Some(seen.clone());
+            if back.send(Input::Server(seen)).await.is_err() {
+                return;
+            }
+        }
+        tokio::time::sleep(LOOK_EVERY).await;
     }
 }
 

@@ -8,17 +8,24 @@
 //! the item had one. Not here: deciding what to run (the agent), and getting the artifacts here first.
 mod input;
 mod output;
+mod served;
 mod train;
 mod warm;
 mod wishes;
 
-use crate::{artifacts::Artifacts, stop::Stopped};
+use crate::{
+    artifacts::Artifacts,
+    energy::{self, Span},
+    server::Server,
+    stop::Stopped,
+};
 use input::{Asked, Item, Lines};
 use karez_core::{
     agent::{Exit, WorkerMeters},
     artifact::ArtifactRef,
     id::LeaseKey,
     records::{Generate, Order, Verified, Work},
+    routing::{Prefix, text_of},
     translate::Piece,
     unit::{Bytes, Millis},
 };
@@ -41,6 +48,8 @@ pub(crate) use warm::{Warm, WarmPolicy};
 
 /// Progress is told at most this often.
 pub const PROGRESS_EVERY: Duration = Duration::from_millis(200);
+/// How often it is said that work goes on, where somebody waits for it.
+pub(crate) const ALIVE_EVERY: Duration = Duration::from_secs(1);
 /// A model must be loaded within this.
 const LOAD_MAX: Duration = Duration::from_secs(600);
 /// A worker that is silent during one step for longer than this is killed.
@@ -92,6 +101,10 @@ pub(crate) struct Tools {
     pub(crate) sequences: u16,
     /// The owner's own trainer.
     pub(crate) trainer: Option<crate::trainer::Trainer>,
+    /// What can tell the energy of a lease.
+    pub(crate) energy: Arc<energy::Meters>,
+    /// What the owner runs already, where the node fronts that.
+    pub(crate) server: Option<Arc<Server>>,
 }
 
 /// Why a lease came to nothing.
@@ -125,10 +138,24 @@ pub(crate) enum Told {
     Meters(WorkerMeters),
     /// A piece of an answer, where the order asked for it.
     Piece(Piece),
+    /// There may be nothing to show yet, but it is being worked on. Said every second where somebody waits.
+    Alive,
 }
 
 /// Must not block.
-pub(crate) type Tell = Box<dyn Fn(Told) + Send + Sync>;
+pub(crate) type Tell = Arc<dyn Fn(Told) + Send + Sync>;
+
+/// Waits for something that goes on for a while, and says every second that it does.
+async fn alive<T>(tell: Option<Tell>, work: impl Future<Output = T>) -> T {
+    let Some(tell) = tell else { return work.await };
+    tokio::pin!(work);
+    loop {
+        tokio::select! {
+            done = &mut work => return done,
+            () = tokio::time::sleep(ALIVE_EVERY) => tell(Told::Alive),
+        }
+    }
+}
 
 /// Runs one lease to its end. Gone within the grace once told to stop, whatever the worker does.
 pub(crate) async fn run(job: Job, tools: &Tools, stopped: Stopped, tell: Tell) -> Ended {
@@ -137,12 +164,17 @@ pub(crate) async fn run(job: Job, tools: &Tools, stopped: Stopped, tell: Tell) -
         meters: WorkerMeters::default(),
         told: Instant::now(),
         live_tokens: 0,
+        energy: tools.energy.clone(),
+        span: tools.energy.begin(&job.gpus),
+        alive_at: tokio::time::Instant::now(),
+        busy_ms: None,
         tell,
         stopped,
         job,
     };
     let done = match lease.job.order.work.clone() {
         Work::Noop { millis_per_item } => lease.noop(millis_per_item).await.map(|()| None),
+        work if work.is_served() => lease.served(tools).await.map(|()| None),
         Work::Train(train) => lease.train(&train, tools).await.map(Some),
         _ => lease.with_worker(tools).await.map(|()| None),
     };
@@ -151,7 +183,7 @@ pub(crate) async fn run(job: Job, tools: &Tools, stopped: Stopped, tell: Tell) -
         Ok(None) => lease.finish(tools).await,
         Err(failure) => Err(failure),
     };
-    let meters = lease.meters;
+    let meters = lease.metered();
     let (exit, pin) = match done {
         Ok(pin) => (Exit::Done(pin.artifact()), Some(pin)),
         Err(Failure::Job(why)) => (
@@ -179,6 +211,12 @@ struct Running {
     told: Instant,
     /// Tokens seen of runs that are not done yet.
     live_tokens: u64,
+    energy: Arc<energy::Meters>,
+    span: Span,
+    /// When it is next said that work goes on.
+    alive_at: tokio::time::Instant,
+    /// Processor time of the worker at the last look.
+    busy_ms: Option<u64>,
     tell: Tell,
     stopped: Stopped,
 }
@@ -252,9 +290,27 @@ impl Running {
     fn progress(&mut self) {
         if self.told.elapsed() >= PROGRESS_EVERY {
             self.told = Instant::now();
-            let mut meters = self.meters;
+            let mut meters = self.metered();
             meters.tokens_out += self.live_tokens;
             (self.tell)(Told::Meters(meters));
+        }
+    }
+
+    /// Whom to tell that work goes on: somebody waits for the one answer.
+    fn waited_for(&self) -> Option<Tell> {
+        let waits = matches!(self.job.order.work, Work::Generate(_)) && self.job.order.items == 1;
+        waits.then(|| self.tell.clone())
+    }
+
+    /// Says that work goes on, if the worker's processor time has grown: one that hangs must not pass for one that works.
+    fn say_alive(&mut self, pid: u32) {
+        self.alive_at = tokio::time::Instant::now() + ALIVE_EVERY;
+        let Some(tell) = self.waited_for() else { return };
+        let busy = processor_ms(pid);
+        let grew = busy.is_none() || busy > self.busy_ms;
+        self.busy_ms = busy;
+        if grew {
+            tell(Told::Alive);
         }
     }
 
@@ -275,6 +331,14 @@ impl Running {
             tokens: piece.tokens,
             logprobs,
         }));
+    }
+
+    /// The meters so far, with the energy.
+    fn metered(&mut self) -> WorkerMeters {
+        WorkerMeters {
+            energy: self.span.read(&self.energy, self.meters.cpu),
+            ..self.meters
+        }
     }
 
     fn write<T: Serialize>(&mut self, index: u64, id: Option<&Json>, what: T) -> Result<(), Failure> {
@@ -327,19 +391,21 @@ impl Running {
         }
     }
 
+    /// The items of the part.
+    async fn lines(&self, tools: &Tools) -> Result<Lines, Failure> {
+        let job = &self.job;
+        let input = tools.artifacts.path(&job.order.input).await;
+        Ok(Lines::open(
+            input.map_err(Failure::Node)?,
+            job.order.work.clone(),
+            job.first_item,
+            job.items,
+        ))
+    }
+
     async fn with_worker(&mut self, tools: &Tools) -> Result<(), Failure> {
-        let lines = Lines::open(
-            tools
-                .artifacts
-                .path(&self.job.order.input)
-                .await
-                .map_err(Failure::Node)?,
-            self.job.order.work.clone(),
-            self.job.first_item,
-            self.job.items,
-        );
         let mut feed = Feed {
-            lines,
+            lines: self.lines(tools).await?,
             held: None,
             again: VecDeque::new(),
             more: true,
@@ -350,7 +416,7 @@ impl Running {
             // Dropping what is not ready yet kills the half-started worker.
             let began = Instant::now();
             let lent = tokio::select! {
-                lent = self.worker(tools) => lent?,
+                lent = alive(self.waited_for(), self.worker(tools)) => lent?,
                 () = stopped.said() => return Err(Failure::Stopped),
             };
             self.loaded(began);
@@ -547,7 +613,11 @@ impl Running {
                     feed.more = false;
                     continue;
                 }
-                match self.work_of(&batch).and_then(|work| lent.worker().run(work)) {
+                let work = self.work_of(&batch);
+                if let Ok(protocol::Work::Generate(request)) = &work {
+                    lent.remember(prefix_of(&request.prompt, self.job.order.work.model()));
+                }
+                match work.and_then(|work| lent.worker().run(work)) {
                     Err(error @ (EngineError::Crashed { .. } | EngineError::Hung { .. })) => {
                         feed.again.push_front(batch);
                         return Err(Failure::Fell(error.to_string()));
@@ -574,6 +644,10 @@ impl Running {
                 Some((_, Ok(run))) => tokio::select! {
                     event = run.next() => event,
                     () = self.stopped.said() => return Err(Failure::Stopped),
+                    () = tokio::time::sleep_until(self.alive_at) => {
+                        self.say_alive(lent.worker().pid());
+                        continue;
+                    }
                 },
             };
             match event {
@@ -722,6 +796,32 @@ impl Running {
             )),
         }
     }
+}
+
+/// How a prompt begins, as schedulers see it too.
+fn prefix_of(prompt: &Prompt, model: Option<&ArtifactRef>) -> Prefix {
+    let text = match prompt {
+        Prompt::Raw { text } => text_of([("", text.as_str())].into_iter()),
+        Prompt::Text { text, system } => {
+            let system = system.iter().map(|text| ("system", text.as_str()));
+            text_of(system.chain([("user", text.as_str())]))
+        }
+        Prompt::Chat { messages, .. } => {
+            text_of(messages.iter().map(|m| (m.role.as_str(), m.content.as_str())))
+        }
+    };
+    model.map_or_else(Prefix::default, |model| Prefix::of(&model.digest, &text))
+}
+
+/// Processor time of a process so far; nothing where the system does not tell.
+fn processor_ms(pid: u32) -> Option<u64> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The name before may hold anything, parentheses included.
+    let rest = stat.rsplit_once(')')?.1;
+    let mut fields = rest.split_ascii_whitespace().skip(11);
+    let (user, system): (u64, u64) = (fields.next()?.parse().ok()?, fields.next()?.parse().ok()?);
+    // Linux counts in hundredths of a second wherever programs can see it.
+    Some((user + system) * 10)
 }
 
 fn bad_input(reason: String) -> EngineError {

@@ -31,12 +31,14 @@ fn bench() -> Bench {
     Bench {
         _dir: dir,
         tools: Tools {
+            server: None,
             artifacts,
             scratch,
             warm,
             threads: 2,
             sequences: 4,
             trainer: None,
+            energy: Arc::new(crate::energy::Meters::find()),
         },
     }
 }
@@ -137,7 +139,7 @@ async fn a_noop_needs_nothing_and_numbers_its_items() {
         3,
     );
     let (_stopper, stopped) = stop();
-    let ended = run(job, &bench.tools, stopped, Box::new(|_| {})).await;
+    let ended = run(job, &bench.tools, stopped, Arc::new(|_| {})).await;
     let Exit::Done(result) = ended.exit else {
         panic!("{:?}", ended.exit)
     };
@@ -161,7 +163,7 @@ async fn a_large_result_goes_through_the_scratch_directory_and_leaves_nothing_th
     let items = 60_000;
     let job = job(&bench, Work::Noop { millis_per_item: 0 }, b"", 0, items);
     let (_stopper, stopped) = stop();
-    let ended = run(job, &bench.tools, stopped, Box::new(|_| {})).await;
+    let ended = run(job, &bench.tools, stopped, Arc::new(|_| {})).await;
     let Exit::Done(result) = ended.exit else {
         panic!("{:?}", ended.exit)
     };
@@ -188,7 +190,7 @@ async fn progress_is_told_now_and_then_and_a_stop_is_heard() {
         tokio::time::sleep(Duration::from_millis(700)).await;
         stopper.stop(Duration::from_secs(5));
     };
-    let tell = Box::new(move |told: Told| {
+    let tell = Arc::new(move |told: Told| {
         if let Told::Meters(m) = told {
             heard.lock().unwrap().push(m.items)
         }
@@ -207,7 +209,7 @@ async fn a_file_that_is_no_model_fails_the_job_and_not_the_node() {
     let work = embed_with(&bench);
     let job = job(&bench, work, b"\"a\"\n", 0, 1);
     let (_stopper, stopped) = stop();
-    let ended = run(job, &bench.tools, stopped, Box::new(|_| {})).await;
+    let ended = run(job, &bench.tools, stopped, Arc::new(|_| {})).await;
     let Exit::Failed {
         why,
         retryable: false,
@@ -225,7 +227,7 @@ async fn an_input_that_is_not_here_fails_this_node_only() {
     let job = job(&bench, work, b"\"gone\"\n", 0, 1);
     bench.tools.artifacts.store().remove(&job.order.input).unwrap();
     let (_stopper, stopped) = stop();
-    let ended = run(job, &bench.tools, stopped, Box::new(|_| {})).await;
+    let ended = run(job, &bench.tools, stopped, Arc::new(|_| {})).await;
     assert!(
         matches!(ended.exit, Exit::Failed { retryable: true, .. }),
         "{:?}",
@@ -244,7 +246,7 @@ async fn leases_on_one_model_share_its_worker() {
     for job in jobs {
         let (stopper, stopped) = stop();
         stoppers.push(stopper);
-        runs.push(run(job, &bench.tools, stopped, Box::new(|_| {})));
+        runs.push(run(job, &bench.tools, stopped, Arc::new(|_| {})));
     }
     let runs = runs.into_iter();
     let (mut all, mut pins) = (Vec::new(), Vec::new());
@@ -296,7 +298,7 @@ async fn a_worker_that_dies_is_replaced_and_every_line_is_answered_once() {
     let (_stopper, stopped) = stop();
     let done = Arc::new(Mutex::new(0));
     let told = done.clone();
-    let tell = Box::new(move |said: Told| {
+    let tell = Arc::new(move |said: Told| {
         if let Told::Meters(m) = said {
             *told.lock().unwrap() = m.items;
         }
@@ -349,7 +351,7 @@ async fn a_line_at_fault_is_answered_with_its_error_when_the_order_says_so() {
     };
     let (_stopper, stopped) = stop();
     let of = |work| job(&bench, Work::Generate(work), input.as_bytes(), 0, 5);
-    let ended = run(of(lenient), &bench.tools, stopped.clone(), Box::new(|_| {})).await;
+    let ended = run(of(lenient), &bench.tools, stopped.clone(), Arc::new(|_| {})).await;
     let lines = lines_of(&bench, &ended);
     let ids: Vec<&str> = lines
         .iter()
@@ -370,7 +372,7 @@ async fn a_line_at_fault_is_answered_with_its_error_when_the_order_says_so() {
         assert!(error["message"].as_str().unwrap().contains(says), "{error}");
     }
     assert!(lines[4]["tokens_out"].as_u64().unwrap() <= 2);
-    let ended = run(of(strict), &bench.tools, stopped, Box::new(|_| {})).await;
+    let ended = run(of(strict), &bench.tools, stopped, Arc::new(|_| {})).await;
     let Exit::Failed {
         why,
         retryable: false,
@@ -388,7 +390,7 @@ async fn a_model_that_does_not_fit_is_refused_with_the_figures() {
     let mut small = job(&bench, work, b"\"a\"\n", 0, 1);
     small.memory = Bytes(20 << 20);
     let (_stopper, stopped) = stop();
-    let ended = run(small, &bench.tools, stopped, Box::new(|_| {})).await;
+    let ended = run(small, &bench.tools, stopped, Arc::new(|_| {})).await;
     let Exit::Failed { why, retryable: true } = ended.exit else {
         panic!("{:?}", ended.exit)
     };
@@ -411,7 +413,7 @@ async fn pieces_are_told_where_the_order_asks_and_make_up_the_result() {
         let (_stopper, stopped) = stop();
         let pieces = Arc::new(Mutex::new(Vec::new()));
         let heard = pieces.clone();
-        let tell = Box::new(move |said: Told| {
+        let tell = Arc::new(move |said: Told| {
             if let Told::Piece(piece) = said {
                 heard.lock().unwrap().push(piece);
             }

@@ -4,12 +4,17 @@
 //! make room, the longest unused first and pinned ones never; a model that still does not fit is refused with the figures.
 //! A worker without a lease leaves by itself after a while, and at once when the owner reclaims.
 use crate::{artifacts::Model, daemon::WorkerProgram};
-use karez_core::{artifact::ArtifactRef, unit::Bytes};
+use karez_core::{
+    artifact::ArtifactRef,
+    routing::{MODELS_MAX, PREFIXES_MAX, Prefix, Warmth},
+    unit::Bytes,
+};
 use karez_engine::{
     EngineError, SpawnOptions, Worker,
     protocol::{Load, LoadKind},
 };
 use std::{
+    collections::VecDeque,
     ffi::OsString,
     path::{Path, PathBuf},
     sync::{
@@ -94,6 +99,8 @@ struct Held {
     adapters: Folder,
     sequences: u16,
     memory: Reserved,
+    /// How the prompts begin that its cache still holds, youngest last: as many as it has sequences.
+    prompts: Mutex<VecDeque<Prefix>>,
 }
 
 /// A directory that is gone when dropped.
@@ -150,6 +157,18 @@ impl Lent {
         self.held.sequences.into()
     }
 
+    /// A prompt is about to be read: its cache will hold it, and let go of an older one.
+    pub(super) fn remember(&self, prompt: Prefix) {
+        if prompt.is_empty() {
+            return;
+        }
+        let mut prompts = self.held.prompts.lock().unwrap_or_else(PoisonError::into_inner);
+        prompts.retain(|known| *known != prompt);
+        prompts.push_back(prompt);
+        let spare = prompts.len().saturating_sub(self.held.sequences.into());
+        prompts.drain(..spare);
+    }
+
     /// The directory of the adapters it may read; a trainer's own, where it may write.
     pub(super) fn adapters(&self) -> &Path {
         &self.held.adapters.0
@@ -183,6 +202,29 @@ impl Warm {
             .iter()
             .filter(|entry| entry.leases == 0)
             .count()
+    }
+
+    /// The models that are loaded and the prompts that their caches hold, youngest first.
+    pub(crate) fn warmth(&self) -> Warmth {
+        let mut workers: Vec<(u64, Arc<Held>)> = self
+            .state()
+            .workers
+            .iter()
+            .filter(|entry| entry.held.key.kind != LoadKind::Train && entry.held.worker.ended().is_none())
+            .map(|entry| (entry.used, Arc::clone(&entry.held)))
+            .collect();
+        workers.sort_by_key(|(used, _)| std::cmp::Reverse(*used));
+        let mut warmth = Warmth::default();
+        for (_, held) in workers.into_iter().take(MODELS_MAX) {
+            warmth.models.push(held.key.model.digest);
+            let prompts = held.prompts.lock().unwrap_or_else(PoisonError::into_inner);
+            for hash in prompts.iter().rev().flat_map(Prefix::hashes) {
+                if warmth.prefixes.len() < PREFIXES_MAX && !warmth.prefixes.contains(hash) {
+                    warmth.prefixes.push(*hash);
+                }
+            }
+        }
+        warmth
     }
 
     /// The processes.
@@ -288,6 +330,7 @@ impl Warm {
             adapters,
             sequences,
             memory: reserved,
+            prompts: Mutex::default(),
         });
         let mut state = self.state();
         state.clock += 1;

@@ -61,13 +61,10 @@ fn number(body: &Fields, name: &str, least: f64, most: f64) -> Result<(), ApiErr
 }
 
 /// The model a request names.
-pub(super) fn model(shared: &Shared, body: &Fields) -> Result<(String, Named), ApiError> {
+pub(super) async fn model(shared: &Shared, body: &Fields) -> Result<(String, Named), ApiError> {
     let name = text(body, "model")?
         .ok_or_else(|| ApiError::param("model", "is missing: name one of GET /v1/models"))?;
-    let named = shared
-        .catalogue
-        .get(name)
-        .ok_or_else(|| ApiError::no_model(name))?;
+    let named = shared.model(name).await.ok_or_else(|| ApiError::no_model(name))?;
     Ok((name.to_owned(), named))
 }
 

@@ -602,8 +602,8 @@ pub(super) async fn create(State(shared): State<Arc<Shared>>, headers: HeaderMap
         .map_err(|_| ApiError::server("reading the batch failed"))??;
     let (model, lines) = (translated.model, translated.lines);
     let named = shared
-        .catalogue
-        .get(&model)
+        .model(&model)
+        .await
         .ok_or_else(|| ApiError::no_model(&model))?;
     let input = files::store(&shared, translated.file).await?;
     let work = match endpoint {

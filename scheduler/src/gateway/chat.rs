@@ -6,7 +6,7 @@ use super::{
     object,
     work::{Delta, End, Question, Writing, now, whereabouts},
 };
-use crate::mind::Shared;
+use crate::{catalogue::SERVED, mind::Shared};
 use axum::{
     body::{Body, Bytes},
     extract::State,
@@ -30,11 +30,11 @@ pub(super) async fn create(State(shared): State<Arc<Shared>>, headers: HeaderMap
     let caller = Caller::of(&shared, &headers).await?;
     let body = object(body).await?;
     let (name, streaming, with_usage) = (
-        ask::model(&shared, &body)?.0,
+        ask::model(&shared, &body).await?.0,
         ask::flag(&body, "stream")?,
         with_usage(&body)?,
     );
-    let question = question(&shared, caller, &body)?;
+    let question = question(&shared, caller, &body).await?;
     let logprobs = ask::flag(&body, "logprobs")?;
     let writing = Writing::begin(&shared, question).await?;
     let (id, created) = (format!("chatcmpl-{}", writing.job()), now());
@@ -130,18 +130,19 @@ pub(super) fn usage(end: &End) -> Value {
 }
 
 /// A request's fields as work and input line.
-pub(super) fn question(
+pub(super) async fn question(
     shared: &Shared,
     caller: Caller,
     body: &Map<String, Value>,
 ) -> Result<Question, ApiError> {
-    let (name, named) = ask::model(shared, body)?;
+    let (name, named) = ask::model(shared, body).await?;
     expect_gguf(&name, &named.format)?;
     let line = chat_line(body)?;
     Ok(Question {
         caller,
         work: Generate {
-            stream: ask::flag(body, "stream")?,
+            // Whether or not the client wants it in pieces: a node that writes nothing is left, and one that dies replaced.
+            stream: true,
             ..Generate::greedy(named.artifact, name, tokens_max(body)?)
         },
         line,
@@ -151,7 +152,7 @@ pub(super) fn question(
 }
 
 pub(super) fn expect_gguf(name: &str, format: &str) -> Result<(), ApiError> {
-    if format.is_empty() || format == "gguf" {
+    if matches!(format, "" | "gguf" | SERVED) {
         return Ok(());
     }
     let why = format!("{name:?} is stored as {format} and writes no text: choose one stored as gguf");

@@ -23,7 +23,7 @@ const PROMPTS_MAX: usize = 256;
 pub(super) async fn create(State(shared): State<Arc<Shared>>, headers: HeaderMap, body: Body) -> Answer {
     let caller = Caller::of(&shared, &headers).await?;
     let body = object(body).await?;
-    let (name, named) = ask::model(&shared, &body)?;
+    let (name, named) = ask::model(&shared, &body).await?;
     expect_gguf(&name, &named.format)?;
     let streaming = ask::flag(&body, "stream")?;
     let with_usage = with_usage(&body)?;
@@ -32,7 +32,7 @@ pub(super) async fn create(State(shared): State<Arc<Shared>>, headers: HeaderMap
     let logprobs = sampling.contains_key("logprobs");
     let work = Generate {
         raw: true,
-        stream: streaming,
+        stream: true,
         ..Generate::greedy(named.artifact, name.clone(), tokens_max(&body)?)
     };
     let created = now();
@@ -83,7 +83,10 @@ pub(super) async fn create(State(shared): State<Arc<Shared>>, headers: HeaderMap
     let ticket = work::submit(
         &shared,
         &caller,
-        Work::Generate(work),
+        Work::Generate(Generate {
+            stream: false,
+            ..work
+        }),
         lines,
         items,
         &wishes,

@@ -22,7 +22,7 @@ const TEXTS_MAX: usize = 2048;
 pub(super) async fn create(State(shared): State<Arc<Shared>>, headers: HeaderMap, body: Body) -> Answer {
     let caller = Caller::of(&shared, &headers).await?;
     let body = object(body).await?;
-    let (name, named) = ask::model(&shared, &body)?;
+    let (name, named) = ask::model(&shared, &body).await?;
     let texts = texts(&body)?;
     let packed = match ask::text(&body, "encoding_format")? {
         None | Some("float") => false,

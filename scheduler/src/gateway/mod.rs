@@ -256,8 +256,8 @@ fn shown(name: &str, named: &crate::catalogue::Named) -> Value {
 async fn models(State(shared): State<Arc<Shared>>, headers: HeaderMap) -> Answer {
     Caller::of(&shared, &headers).await?;
     let data: Vec<Value> = shared
-        .catalogue
-        .list()
+        .models()
+        .await
         .iter()
         .map(|(name, named)| shown(name, named))
         .collect();
@@ -274,8 +274,8 @@ async fn model(
 ) -> Answer {
     Caller::of(&shared, &headers).await?;
     let named = shared
-        .catalogue
-        .get(&name)
+        .model(&name)
+        .await
         .ok_or_else(|| ApiError::no_model(&name))?;
     Ok(json_response(StatusCode::OK, &shown(&name, &named)))
 }

@@ -7,6 +7,7 @@ use karez_core::{
     id::JobId,
     key::{PublicKey, SchedulerId},
     records::{Generate, Order, Signed, Work},
+    translate::UNNAMED_TOKEN,
     unit::{Bytes, Millis},
 };
 use serde_json::{Map, Value, json, value::RawValue};
@@ -366,6 +367,10 @@ impl Writing {
             tracing::info!(job = %ticket.job.short(), tokens = self.tokens.len(), "an answer moves to another node");
             // An attempt that is called off is not billed, so the answer is billed once, where it is finished.
             ticket.call_off().await;
+        }
+        if self.tokens.contains(&UNNAMED_TOKEN) {
+            let why = "the provider's server was lost in the middle of its answer, and no other can go on with it: ask again";
+            return Err(ApiError::unavailable(why));
         }
         self.before.append(&mut self.tokens);
         (self.fence, self.logprobs) = (0, 0);

@@ -67,7 +67,7 @@ async fn fetch_one(
     let pin = blocking(move || beginning.begin(&artifact)).await?;
     let pin = Arc::new(pin);
     let files: VecDeque<(Digest, u64)> = match artifact.kind {
-        ArtifactKind::Blob => VecDeque::from([(artifact.digest, artifact.bytes.0)]),
+        ArtifactKind::Blob | ArtifactKind::Served => VecDeque::from([(artifact.digest, artifact.bytes.0)]),
         ArtifactKind::Tree => {
             let manifest = fetch_manifest(&store, pool, &pin).await?;
             // Equal files are moved once.

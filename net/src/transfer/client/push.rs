@@ -30,7 +30,7 @@ pub(in crate::transfer) async fn push(
 ) -> Result<(), TransferError> {
     let pin = inner.store.pin(&artifact)?;
     let files: Vec<(Digest, u64)> = match artifact.kind {
-        ArtifactKind::Blob => vec![(artifact.digest, artifact.bytes.0)],
+        ArtifactKind::Blob | ArtifactKind::Served => vec![(artifact.digest, artifact.bytes.0)],
         ArtifactKind::Tree => {
             let store = inner.store.clone();
             let manifest = blocking(move || store.manifest(&artifact)).await?;
