@@ -108,10 +108,6 @@ impl Fused {
     }
 
     /// The way back through [`Fused::linear`]: adds to `grads`, and to `dx` or over it.
-    #[expect(
-        clippy::too_many_arguments,
-        reason = "the borrows of one pass, each of another part of it"
-    )]
     pub(super) fn linear_back(
         &self,
         linear: &Linear,
