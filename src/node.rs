@@ -201,6 +201,8 @@ async fn bench(context: &Context, dir: PathBuf, args: BenchArgs) -> Result<()> {
 async fn daemon(dir: PathBuf) -> Result<()> {
     let worker = worker_program()?;
     let gpu = cfg!(any(feature = "cuda", feature = "vulkan", feature = "metal"));
+    // Workers run in another folder: a relative path would mean another place there.
+    let dir = std::path::absolute(&dir).with_context(|| dir.display().to_string())?;
     karez_node::run(&dir, RunOptions { worker, gpu }, process::told_to_stop()).await?;
     Ok(())
 }

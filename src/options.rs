@@ -51,7 +51,12 @@ pub(crate) struct JobOptions {
     pub(crate) isolation: Tier,
     /// How delicate the input is: public, internal, personal, sensitive. Only
     /// owners who take such data are given it
-    #[arg(long, value_name = "CLASS", default_value = "public")]
+    #[arg(
+        long = "data-class",
+        id = "data-class",
+        value_name = "CLASS",
+        default_value = "public"
+    )]
     pub(crate) data: DataClass,
     /// When the job should be done: 45min, 6h, 2d from now. Reliable machines
     /// are chosen when there is no time left to lose

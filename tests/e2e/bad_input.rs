@@ -20,7 +20,7 @@ fn bad_input_is_named_and_changes_nothing() {
         .refused(5, &["price", "0.25"]);
     net.run(&["generate", "--country", "KE", "--exclude-country", "KE", "hello"])
         .refused(3, &["KE"]);
-    net.run(&["generate", "--data", "personal", "hello"])
+    net.run(&["generate", "--data-class", "personal", "hello"])
         .refused(5, &["data class", "internal"]);
     net.run(&["generate", "--isolation", "machine", "hello"])
         .refused(5, &["isolation"]);

@@ -131,7 +131,10 @@ fn receipts_are_answered_and_the_month_is_stated_netted_and_exported() {
 
     // Agreed: once, and by nobody else.
     let foreign = net.run("federation", &["ledger", "accept", &first]);
-    assert!(foreign.code != 0 && foreign.err.contains("user"), "{foreign:?}");
+    assert!(
+        foreign.code != 0 && foreign.err.contains("whoever paid"),
+        "{foreign:?}"
+    );
     let accepted = net.run("researcher", &["ledger", "accept", &first]).ok();
     assert!(accepted.out.contains("accepted: entry"), "{accepted:?}");
     let again = net.run("researcher", &["ledger", "accept", &first]);

@@ -382,7 +382,7 @@ fn placing_through_the_index_is_placing_by_a_full_scan() {
                     constraints.memory = Bytes(chance.pick(&[0, 0, 16, 40]) << 30);
                     constraints.donated_only = chance.below(6) == 0;
                     constraints.isolation =
-                        chance.pick(&[Tier::None, Tier::None, Tier::Seccomp, Tier::Container]);
+                        chance.pick(&[Tier::None, Tier::None, Tier::None, Tier::Seccomp, Tier::Container]);
                     constraints.data =
                         chance.pick(&[DataClass::Public, DataClass::Public, DataClass::Personal]);
                     constraints.licence = chance.pick(&["", "mit", "other"]).into();
@@ -393,7 +393,7 @@ fn placing_through_the_index_is_placing_by_a_full_scan() {
                         units: chance.pick(&[0, 1, 1_000, 1_000_000, u64::MAX]),
                         fixed: Millis(chance.pick(&[0, 0, 1_000, 3_600_000])),
                         model: chance
-                            .pick(&[None, None, Some("m"), Some("other")])
+                            .pick(&[None, None, None, None, None, None, Some("m"), Some("other")])
                             .map(crate::artifact::ArtifactRef::served),
                         artifacts: (0..chance.below(3))
                             .map(|n| (artifact(n), Bytes(n << 32)))
@@ -402,7 +402,7 @@ fn placing_through_the_index_is_placing_by_a_full_scan() {
                         memory: Bytes(chance.pick(&[0, 10]) << 30),
                         ceiling: Credits(chance.pick(&[u64::MAX, u64::MAX, 1_000_000, 0])),
                         avoid: &[node],
-                        devices: chance.pick(&[1, 1, 1, 2, 3]),
+                        devices: chance.pick(&[1, 1, 1, 1, 1, 2, 3]),
                         turn: chance.below(1 << 32) as u32,
                         user: (chance.below(2) == 0).then_some(&user),
                         within: (chance.below(3) == 0).then(|| Millis(chance.below(1 << 24))),
