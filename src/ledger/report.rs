@@ -149,8 +149,12 @@ pub(super) async fn statement(context: &Context, args: &StatementArgs) -> Result
         return compare(context, path, &statement);
     }
     let out = context.out;
-    let secret = context.home.key()?;
-    let note = statement.sign(&secret).to_string();
+    // Only a text is signed: rows are for spreadsheets, and for people without a key.
+    if !out.json && matches!(args.format, Shape::Csv) {
+        out.raw(statement.csv().as_bytes());
+        return Ok(());
+    }
+    let note = statement.sign(&context.home.key()?).to_string();
     if out.json {
         out.json(&json!({
             "institution": statement.institution.as_str(), "month": statement.month.to_string(), "note": note,
@@ -159,10 +163,7 @@ pub(super) async fn statement(context: &Context, args: &StatementArgs) -> Result
         }));
         return Ok(());
     }
-    match args.format {
-        Shape::Text => out.raw(note.as_bytes()),
-        Shape::Csv => out.raw(statement.csv().as_bytes()),
-    }
+    out.raw(note.as_bytes());
     Ok(())
 }
 
