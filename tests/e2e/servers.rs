@@ -29,10 +29,14 @@ fn front(net: &mut Net, node: &str, price: &str, settings: &str, model: &str) {
     fs::write(&path, after).unwrap();
     net.restart("node", node);
     net.until(PATIENCE, model, || {
-        let offers = net.run(&["offers", "--json"]).out;
-        offers
-            .contains(&format!("server/{model}"))
-            .then(|| known(net, model))?
+        // Its own offer: another node may lend the same model already.
+        let offers = net.run(&["offers", "--json"]).ok().json();
+        let class = format!("server/{model}");
+        let lends = |offer: &Value| {
+            offer["connected"] == true && offer["institution"] == node && offer.to_string().contains(&class)
+        };
+        let lends = offers.as_array()?.iter().any(lends);
+        lends.then(|| known(net, model))?
     });
 }
 
