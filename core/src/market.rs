@@ -538,6 +538,10 @@ pub(crate) mod tests {
                 w if w.contains('=') => {
                     let (key, value) = w.split_once('=').unwrap();
                     match key {
+                        "also" => {
+                            let more = offer_of(&format!("{name}:{value}"), sequence).into_inner();
+                            offer.devices.extend(more.devices);
+                        }
                         "iso" => offer.isolation = value.into(),
                         "data" => offer.terms.data = value.parse().unwrap(),
                         "lic" => offer.terms.licences.push(value.into()),

@@ -34,7 +34,7 @@ pub(super) struct Kept {
     until: MonoMillis,
 }
 
-/// What one node could take of a job.
+/// What one class of a node's devices could take of a job.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Seats {
     site: Site,
@@ -187,7 +187,7 @@ impl Controller {
             .collect();
         let avoid: Vec<NodeId> = avoid.into_iter().collect();
         let request = super::placing::request(&job.order, largest.items, largest.ceiling, &avoid);
-        let (able, refusal) = placement::survey(&self.market, &request, &self.policy);
+        let (able, refusal) = placement::survey_classes(&self.market, &request, &self.policy);
         let seats = able
             .iter()
             .map(|candidate| {

@@ -373,15 +373,35 @@ pub fn refuse(market: &Market, request: &Request<'_>, policy: &Policy) -> Refusa
 /// Every node that could run it were its devices free, cheapest first, and why the others could not: the very
 /// same judgement as [`place`], for explaining and estimating.
 pub fn survey(market: &Market, request: &Request<'_>, policy: &Policy) -> (Vec<Candidate>, Refusal) {
+    look_over(market, |node, listing| {
+        judge(market, node, listing, request, policy).map(|best| vec![best])
+    })
+}
+
+/// As [`survey`], with every class of devices of every node that could run it: what runs all at once may use several.
+pub fn survey_classes(market: &Market, request: &Request<'_>, policy: &Policy) -> (Vec<Candidate>, Refusal) {
+    look_over(market, |node, listing| {
+        judge_classes(market, node, listing, request, policy)
+    })
+}
+
+fn look_over(
+    market: &Market,
+    judge: impl Fn(&NodeId, &Listing) -> Result<Vec<Candidate>, (Requirement, Hint)>,
+) -> (Vec<Candidate>, Refusal) {
     let mut able: Vec<(Candidate, u32)> = Vec::new();
     let mut misses: BTreeMap<Requirement, Miss> = BTreeMap::new();
     for (node, listing) in market.iter() {
-        match judge(market, node, listing, request, policy) {
-            Ok(candidate) => {
-                if candidate.busy {
+        match judge(node, listing) {
+            Ok(candidates) => {
+                if candidates.iter().all(|candidate| candidate.busy) {
                     misses.entry(Requirement::Free).or_default().nodes += 1;
                 }
-                able.push((candidate, listing.ours()));
+                able.extend(
+                    candidates
+                        .into_iter()
+                        .map(|candidate| (candidate, listing.ours())),
+                );
             }
             Err((requirement, hint)) => misses.entry(requirement).or_default().add(hint),
         }
@@ -482,7 +502,7 @@ impl Miss {
     }
 }
 
-/// Judges a node by the best of its devices.
+/// Judges a node by the best of its devices: a free one before a busy one, then the cheapest, then the first listed.
 fn judge(
     market: &Market,
     node: &NodeId,
@@ -490,6 +510,19 @@ fn judge(
     request: &Request<'_>,
     policy: &Policy,
 ) -> Result<Candidate, (Requirement, Hint)> {
+    let able = judge_classes(market, node, listing, request, policy)?;
+    let best = able.into_iter().min_by_key(|c| (c.busy, c.score));
+    best.ok_or((Requirement::Device, Hint::Nothing))
+}
+
+/// Judges a node by each class of its devices: those that could run the request, at least one.
+fn judge_classes(
+    market: &Market,
+    node: &NodeId,
+    listing: &Listing,
+    request: &Request<'_>,
+    policy: &Policy,
+) -> Result<Vec<Candidate>, (Requirement, Hint)> {
     let offer = &listing.offer;
     if let Some(failed) = mask::fails(offer, request, policy) {
         return Err((failed, mask::hint(offer, request, failed)));
@@ -499,18 +532,10 @@ fn judge(
     }
     // The failing of the device that came furthest is the one worth telling.
     let mut furthest = (Requirement::Device, Hint::Name(classes_of(offer)));
-    let mut best: Option<Candidate> = None;
+    let mut able = Vec::new();
     for i in 0..offer.devices.len() {
         match quote(listing, i, market.shadow(listing, i), request, policy) {
-            Ok(quote) => {
-                let candidate = candidate(node, listing, i, quote, request);
-                if best
-                    .as_ref()
-                    .is_none_or(|b| (candidate.busy, candidate.score) < (b.busy, b.score))
-                {
-                    best = Some(candidate);
-                }
-            }
+            Ok(quote) => able.push(candidate(node, listing, i, quote, request)),
             Err(lack) => {
                 let nearer = match (&furthest.1, lack.requirement.cmp(&furthest.0)) {
                     (_, core::cmp::Ordering::Greater) => true,
@@ -523,9 +548,9 @@ fn judge(
             }
         }
     }
-    let Some(candidate) = best else {
+    if able.is_empty() {
         return Err(furthest);
-    };
+    }
     if offer.state != NodeState::Open {
         return Err((Requirement::Open, Hint::Nothing));
     }
@@ -535,7 +560,7 @@ fn judge(
     if request.avoid.contains(node) {
         return Err((Requirement::Untried, Hint::Nothing));
     }
-    Ok(candidate)
+    Ok(able)
 }
 
 fn candidate(node: &NodeId, listing: &Listing, i: usize, quote: Quote, request: &Request<'_>) -> Candidate {

@@ -109,9 +109,7 @@ impl TrueNode {
     /// Parts of `order` that could run here at once, money aside.
     pub fn room_for(&self, order: &Order) -> u32 {
         let able = self.devices.iter().filter(|d| self.allowed(order, d).is_ok());
-        able.map(|d| d.count / order.constraints.devices.max(1))
-            .max()
-            .unwrap_or(0)
+        able.map(|d| d.count / order.constraints.devices.max(1)).sum()
     }
 
     /// Could some device of this machine ever run `order`, money aside?

@@ -49,6 +49,15 @@ fn left(usage: &mut Usage) {
 }
 
 #[test]
+fn parts_that_run_together_use_every_class_of_devices_a_site_has() {
+    let mut bench = two_schools("a:1gpu@1,also=2cpu@3 b:1gpu@2 c:3gpu@9,usp-brazil,BR");
+    let asked = asks(&bench.submit(&together(1, 4)));
+    let mut places: Vec<_> = asked.iter().map(|(node, _)| of(*node)).collect();
+    places.sort_unstable();
+    assert_eq!(places, ["a", "a", "a", "b"]);
+}
+
+#[test]
 fn parts_that_run_together_start_at_one_site_or_not_at_all() {
     // Three places here and three there: four fit nowhere now, five never.
     let mut bench = two_schools("a:2gpu@1 b:2gpu@1 c:3gpu@1,usp-brazil,BR");
