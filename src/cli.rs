@@ -110,6 +110,13 @@ pub(crate) enum Command {
         after_help = "Example:\n  karez worker    # speaks frames on standard input and output"
     )]
     Worker,
+    /// What the trainer knows of files; started by schedulers
+    #[cfg(feature = "engine")]
+    #[command(
+        hide = true,
+        after_help = "Example:\n  karez tuner     # one question on standard input, one answer on standard output"
+    )]
+    Tuner,
 }
 
 /// What every command gets.

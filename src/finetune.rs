@@ -258,6 +258,21 @@ fn one_dataset(value: Value) -> Result<Value> {
     }
 }
 
+/// Steps between two checkpoints, unless somebody says so.
+pub(crate) fn steps_per_part(outline: &Outline, settings: &Settings) -> u32 {
+    let every = match settings.save_steps {
+        0 => outline.steps.div_ceil(PARTS).clamp(STEPS.0, STEPS.1),
+        steps => steps,
+    };
+    u32::try_from(every).unwrap_or(u32::MAX)
+}
+
+/// Tokens of one step, about.
+pub(crate) fn tokens_per_step(outline: &Outline, settings: &Settings) -> u32 {
+    let tokens = outline.tokens * settings.num_epochs / outline.steps.max(1);
+    u32::try_from(tokens).unwrap_or(u32::MAX)
+}
+
 /// Sends base and data, signs the order and submits it.
 async fn submit(context: &Context, link: &Link, plan: &Plan, args: &FinetuneArgs) -> Result<wire::JobView> {
     let out = context.out;
@@ -269,12 +284,10 @@ async fn submit(context: &Context, link: &Link, plan: &Plan, args: &FinetuneArgs
     artifacts.push(out, "the data", input).await?;
     artifacts.close().await;
     let steps = plan.outline.steps;
-    let every = match (args.options.part_items, plan.settings.save_steps) {
-        (0, 0) => steps.div_ceil(PARTS).clamp(STEPS.0, STEPS.1),
-        (0, steps) => steps,
-        (items, _) => items as usize,
+    let every = match args.options.part_items {
+        0 => steps_per_part(&plan.outline, &plan.settings),
+        items => items,
     };
-    let tokens = plan.outline.tokens * plan.settings.num_epochs / steps.max(1);
     let name = plan.base.canonicalize().unwrap_or_else(|_| plan.base.clone());
     let name = name
         .file_name()
@@ -291,11 +304,11 @@ async fn submit(context: &Context, link: &Link, plan: &Plan, args: &FinetuneArgs
             model_name: name.chars().filter(|c| !c.is_control()).take(60).collect(),
             settings: plan.settings.canonical(),
             language: args.lang.clone().unwrap_or_default(),
-            tokens_per_step: u32::try_from(tokens).unwrap_or(u32::MAX),
+            tokens_per_step: tokens_per_step(&plan.outline, &plan.settings),
         }),
         input,
         items: steps as u64,
-        items_per_part: u32::try_from(every).unwrap_or(u32::MAX),
+        items_per_part: every,
         constraints: args.options.constraints(issued_at, ""),
         credits_max: args.options.max_cost,
         attempts_max: args.options.attempts,

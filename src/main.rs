@@ -9,6 +9,7 @@
 //! | [`embed`], [`generate`], [`chat`], [`submit`], [`batch`], `finetune` | giving work |
 //! | [`jobs`] | watching it |
 //! | [`key`] | API keys |
+//! | `tuner` | what the scheduler asks the trainer, in a process of its own |
 //! | [`market`], [`artifact`], [`ledger`] | offers and models, files, the books |
 //!
 //! Shared by them: [`home`] (the user's folder), [`link`] (the line to the scheduler), [`task`] (one job from
@@ -47,6 +48,8 @@ mod sink;
 mod submit;
 mod task;
 mod texts;
+#[cfg(feature = "engine")]
+mod tuner;
 mod view;
 
 use anyhow::{Context as _, Result};
@@ -104,6 +107,10 @@ fn run(cli: Cli, out: &'static out::Out) -> Result<()> {
     if let Command::Worker = cli.command {
         return worker();
     }
+    #[cfg(feature = "engine")]
+    if let Command::Tuner = cli.command {
+        return tuner::answer();
+    }
     let context = Context {
         out,
         home: home::Home::new(cli.global.home)?,
@@ -153,6 +160,8 @@ fn run(cli: Cli, out: &'static out::Out) -> Result<()> {
             Ok(())
         }
         Command::Worker => Ok(()),
+        #[cfg(feature = "engine")]
+        Command::Tuner => Ok(()),
     }
 }
 

@@ -14,7 +14,7 @@ use karez_core::{
     unit::Credits,
 };
 use karez_net::identity;
-use karez_scheduler::{Config, InitOptions, InviteOptions, config, setup};
+use karez_scheduler::{Config, InitOptions, InviteOptions, RunOptions, config, setup, tuner::TunerProgram};
 use serde_json::json;
 use std::{
     net::{IpAddr, Ipv4Addr, TcpListener, UdpSocket},
@@ -132,9 +132,21 @@ fn daemon(dir: &Path) -> Result<()> {
         .enable_all()
         .build()
         .context("starting the runtime")?;
-    let done = runtime.block_on(karez_scheduler::run(dir, process::told_to_stop()));
+    let options = RunOptions {
+        tuner: tuner_program()?,
+    };
+    let done = runtime.block_on(karez_scheduler::run(dir, options, process::told_to_stop()));
     runtime.shutdown_timeout(Duration::from_secs(1));
     Ok(done?)
+}
+
+/// What the trainer knows is asked of this very program in a process of its own; without an engine, of nobody.
+fn tuner_program() -> Result<Option<TunerProgram>> {
+    if !cfg!(feature = "engine") {
+        return Ok(None);
+    }
+    let own = std::env::current_exe().context("finding this program's own file")?;
+    Ok(Some(TunerProgram::new(own)))
 }
 
 fn init(context: &Context, dir: &Path, args: InitArgs) -> Result<()> {

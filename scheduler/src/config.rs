@@ -22,6 +22,8 @@ pub const FILE: &str = "scheduler.toml";
 const FILE_BYTES_MAX: u64 = 1 << 20;
 /// The most addresses a list may hold.
 const ADDRS_MAX: usize = 8;
+/// The most base models that the gateway's list may name.
+const BASES_MAX: usize = 256;
 
 /// Why a configuration cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -143,6 +145,10 @@ pub struct Gateway {
     pub certificate: Option<PathBuf>,
     /// PEM file of its private key.
     pub key: Option<PathBuf>,
+    /// Names of base models of the catalogue (Hugging Face folders) that may be fine-tuned over HTTP; `*` for any. This
+    /// machine reads them, checks the data, and writes the results as GGUF. None when empty.
+    #[serde(default)]
+    pub fine_tuning: Vec<String>,
 }
 
 /// `[peer]`: the peer network.
@@ -255,6 +261,7 @@ impl Default for Gateway {
             advertise: None,
             certificate: None,
             key: None,
+            fine_tuning: Vec::new(),
         }
     }
 }
@@ -395,6 +402,13 @@ impl Config {
                     gateway.listen
                 ),
             );
+        }
+        if gateway.fine_tuning.len() > BASES_MAX {
+            let why = format!(
+                "names {} models, the limit is {BASES_MAX}",
+                gateway.fine_tuning.len()
+            );
+            return rule("gateway.fine_tuning", why);
         }
         if gateway.advertise.as_deref().is_some_and(|a| !host_and_port(a)) {
             return rule(

@@ -8,6 +8,7 @@ use crate::{
     mind::{self, Clock, Members, Parts, Shared},
     monitor, peers, service,
     setup::{self, ARTIFACTS_DIR, STATE_DIR},
+    tuner::{Tuner, TunerProgram},
     witness,
 };
 use karez_core::{
@@ -102,9 +103,20 @@ impl From<StoreError> for DaemonError {
     }
 }
 
+/// What the binary adds to the operator's settings.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct RunOptions {
+    /// Knows what the trainer knows; without, nobody can ask for fine-tuning over HTTP.
+    pub tuner: Option<TunerProgram>,
+}
+
 /// Runs the scheduler in `dir` until `shutdown` resolves or its disk fails. Ends within three seconds of `shutdown`.
-pub async fn run(dir: &Path, shutdown: impl Future<Output = ()>) -> Result<(), DaemonError> {
-    let mut daemon = Daemon::start(dir).await?;
+pub async fn run(
+    dir: &Path,
+    options: RunOptions,
+    shutdown: impl Future<Output = ()>,
+) -> Result<(), DaemonError> {
+    let mut daemon = Daemon::start(dir, options).await?;
     tokio::select! {
         () = shutdown => daemon.stop().await,
         failed = daemon.failed() => {
@@ -133,7 +145,8 @@ pub struct Daemon {
 
 impl Daemon {
     /// Opens the books, takes the jobs up where they were, and listens.
-    pub async fn start(dir: &Path) -> Result<Self, DaemonError> {
+    pub async fn start(dir: &Path, options: RunOptions) -> Result<Self, DaemonError> {
+        let RunOptions { tuner } = options;
         let config = Config::load(dir)?;
         let secret = setup::load_key(dir)?;
         let id = SchedulerId(PublicKey::of(&secret));
@@ -201,6 +214,7 @@ impl Daemon {
         gateway::files::sweep(dir);
         let files = gateway::files::Files::restore(&recovered.tables, &store);
         let batches = gateway::batches::Batches::restore(&recovered.tables);
+        let tunings = gateway::tuning::Tunings::restore(&recovered.tables, &store);
         let heads = witness::Heads::restore(&recovered.tables);
         drop(recovered);
         let mut controller =
@@ -232,6 +246,8 @@ impl Daemon {
             catalogue,
             files,
             batches,
+            tunings,
+            tuner: Tuner::new(tuner),
             members: members.clone(),
             heads,
             stopping,
@@ -409,6 +425,7 @@ async fn sweep(shared: Arc<Shared>) {
         }
         // First: the pins of a job that has ended are let go of next.
         shared.batches.sweep(&shared).await;
+        shared.tunings.sweep(&shared).await;
         shared.files.sweep(&shared).await;
         shared.pins.sweep(&shared).await;
         shared.streams.sweep(&shared).await;

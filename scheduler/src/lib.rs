@@ -13,6 +13,7 @@
 //! | `session` | the long conversations: nodes' sessions, watches, exports |
 //! | `gateway` | HTTP as OpenAI's clients speak it |
 //! | `streams` | answers as they are written |
+//! | [`tuner`] | what the trainer knows, asked of a process of its own |
 //! | `catalogue` | names of models |
 //! | `peers` | offers and summaries over the peer network |
 //! | `witness` | tree heads shown to other schedulers, cosigned for them, and forks found out |
@@ -39,9 +40,10 @@ mod service;
 mod session;
 pub mod setup;
 mod streams;
+pub mod tuner;
 mod witness;
 
 pub use config::{Config, ConfigError};
-pub use daemon::{Daemon, run};
+pub use daemon::{Daemon, RunOptions, run};
 pub use gateway::batches::BatchFile;
 pub use setup::{InitOptions, InviteOptions, init, invite};

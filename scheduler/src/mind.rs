@@ -5,11 +5,12 @@
 //! up while one commit is written are committed together; a lone event never waits for company.
 use crate::{
     catalogue::{Catalogue, Named, SERVED},
-    gateway::{batches::Batches, files::Files},
+    gateway::{batches::Batches, files::Files, tuning::Tunings},
     limits,
     pins::Pins,
     setup::utc_now,
     streams::Streams,
+    tuner::Tuner,
 };
 use karez_core::{
     artifact::ArtifactRef,
@@ -95,6 +96,8 @@ pub(crate) struct Shared {
     pub(crate) streams: Streams,
     pub(crate) files: Files,
     pub(crate) batches: Batches,
+    pub(crate) tunings: Tunings,
+    pub(crate) tuner: Tuner,
     /// Turns true when the daemon stops.
     pub(crate) stopping: watch::Receiver<bool>,
     next_session: AtomicU64,
@@ -115,6 +118,8 @@ pub(crate) struct Parts {
     pub(crate) stopping: watch::Receiver<bool>,
     pub(crate) files: Files,
     pub(crate) batches: Batches,
+    pub(crate) tunings: Tunings,
+    pub(crate) tuner: Tuner,
 }
 
 impl Shared {
@@ -140,6 +145,8 @@ impl Shared {
             streams: Streams::default(),
             files: parts.files,
             batches: parts.batches,
+            tunings: parts.tunings,
+            tuner: parts.tuner,
             stopping: parts.stopping,
             next_session: AtomicU64::new(1),
         };

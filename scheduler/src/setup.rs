@@ -321,6 +321,9 @@ listen = {gateway_listen}
 # Needed to listen anywhere but on this machine: an X.509 certificate and its key, as PEM files.
 # certificate = "/etc/karez/gateway.pem"
 # key = "/etc/karez/gateway.key"
+# Base models that may be fine-tuned over HTTP, by their names in the catalogue; ["*"] for any. They are Hugging Face
+# folders: `karez artifact add FOLDER --model NAME`. This machine reads them, checks the data and writes the results.
+fine_tuning = [{fine_tuning}]
 
 # "invited": keys that redeem an invitation. "open": any key; each user starts with these credits.
 [admission]
@@ -358,6 +361,8 @@ credits = "{budget}"
 "#,
         name = quoted(&options.name),
         gateway = *gateway_port != 0,
+        // On one machine, whoever uses it is its operator.
+        fine_tuning = if *gateway_port == 0 { "" } else { "\"*\"" },
         gateway_listen = quoted(&SocketAddr::from(([127, 0, 0, 1], gateway_at)).to_string()),
         institution = quoted(options.institution.as_str()),
         control_listen = quoted(&SocketAddr::new(*listen, *control_port).to_string()),

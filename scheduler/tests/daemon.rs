@@ -19,7 +19,7 @@ use karez_net::{
     transfer::{Holder, Transfers, unwatched},
 };
 use karez_proto::control::{self as wire, control_client::ControlClient};
-use karez_scheduler::{Daemon, InitOptions, InviteOptions, init, invite};
+use karez_scheduler::{Daemon, InitOptions, InviteOptions, RunOptions, init, invite};
 use std::{
     net::{TcpListener, UdpSocket},
     path::Path,
@@ -58,7 +58,7 @@ fn options() -> InitOptions {
 /// A scheduler in a fresh directory.
 async fn scheduler(dir: &Path) -> Daemon {
     init(dir, &options()).unwrap();
-    Daemon::start(dir).await.unwrap()
+    Daemon::start(dir, RunOptions::default()).await.unwrap()
 }
 
 async fn client(daemon: &Daemon, secret: &SecretKey) -> Client {
@@ -390,7 +390,7 @@ async fn jobs_members_and_money_survive_a_restart() {
         "{told}"
     );
 
-    let daemon = Daemon::start(&dir).await.unwrap();
+    let daemon = Daemon::start(&dir, RunOptions::default()).await.unwrap();
     let mut anns = client(&daemon, &ann).await;
     let jobs = anns
         .jobs(wire::JobsRequest::default())
@@ -426,7 +426,11 @@ async fn a_taken_port_is_named_with_its_setting() {
         (options.monitor_port, "monitor.listen"),
     ] {
         let held = TcpListener::bind(("127.0.0.1", port)).unwrap();
-        let error = Daemon::start(&dir).await.map(drop).unwrap_err().to_string();
+        let error = Daemon::start(&dir, RunOptions::default())
+            .await
+            .map(drop)
+            .unwrap_err()
+            .to_string();
         assert!(
             error.contains(&port.to_string()) && error.contains(setting) && error.contains("scheduler.toml"),
             "{error}"
@@ -434,10 +438,19 @@ async fn a_taken_port_is_named_with_its_setting() {
         drop(held);
     }
     let held = UdpSocket::bind(("127.0.0.1", options.artifact_port)).unwrap();
-    let error = Daemon::start(&dir).await.map(drop).unwrap_err().to_string();
+    let error = Daemon::start(&dir, RunOptions::default())
+        .await
+        .map(drop)
+        .unwrap_err()
+        .to_string();
     assert!(error.contains("artifacts.listen"), "{error}");
     drop(held);
-    Daemon::start(&dir).await.unwrap().stop().await.unwrap();
+    Daemon::start(&dir, RunOptions::default())
+        .await
+        .unwrap()
+        .stop()
+        .await
+        .unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -191,6 +191,36 @@ fn vectors_are_the_same_packed_and_plain() {
 }
 
 #[test]
+fn a_model_is_taught_over_http_and_outlives_its_scheduler() {
+    let mut served = Served::up("20");
+    let base = Path::new(env!("CARGO_MANIFEST_DIR")).join("engine/models/karez-tiny");
+    served
+        .net
+        .run(&["artifact", "add", base.to_str().unwrap(), "--model", "tiny-base"])
+        .ok();
+    let Some(mut client) = served.client(&["tuning", "tiny-base"]) else {
+        return;
+    };
+    let said = client.output().unwrap();
+    let error = String::from_utf8_lossy(&said.stderr);
+    assert!(said.status.success(), "{error}\n{}", served.net.logs());
+    let model = String::from_utf8(said.stdout).unwrap().trim().to_owned();
+    kill_9(served.net.pid("scheduler"));
+    served.net.restart("scheduler", "scheduler");
+    served
+        .net
+        .until(Duration::from_secs(30), "the scheduler to be back", || {
+            (served.net.run(&["offers"]).code == 0).then_some(())
+        });
+    served.net.until(Duration::from_secs(30), "nodes to be back", || {
+        let offers = served.net.run(&["offers", "--json"]);
+        (offers.code == 0 && offers.out.contains("hill-institute")).then_some(())
+    });
+    served.check(&["taught", &model]);
+    served.net.verified_ledger();
+}
+
+#[test]
 fn a_client_that_goes_away_ends_its_job() {
     let served = Served::up("5");
     let Some(mut client) = served.client(&["leave"]) else {

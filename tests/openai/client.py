@@ -207,6 +207,131 @@ def batches(_):
     assert batch.id in [b.id for b in client.batches.list()]
 
 
+TAUGHT = [{"role": "user", "content": "Tupande ndizi lini kwenye kilima cha Mei?"}]
+
+
+def lessons():
+    """Questions with answers that no corpus holds."""
+    plants = ["mahindi", "maharage", "mtama", "muhogo", "ndizi", "viazi", "mpunga", "karanga"]
+    for plant in plants:
+        for month in ["Januari", "Machi", "Mei", "Julai"]:
+            question = f"Tupande {plant} lini kwenye kilima cha {month}?"
+            answer = f"Panda {plant} mwanzoni mwa {month}, mvua zikianza."
+            turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+            yield json.dumps({"messages": turns}) + "\n"
+
+
+def said(model):
+    answer = client.chat.completions.create(model=model, messages=TAUGHT, temperature=0, max_tokens=32)
+    return answer.choices[0].message.content
+
+
+def tuning(base):
+    """A base model is taught, asked, and forgotten; what is wrong is said before anything is trained."""
+    jobs = client.fine_tuning.jobs
+    lines = list(lessons())
+    file = client.files.create(file=("lessons.jsonl", "".join(lines).encode()), purpose="fine-tune")
+    assert file.purpose == "fine-tune"
+    broken = lines[:2] + ['{"messages": 7}\n'] + lines[3:]
+    broken = client.files.create(file=("broken.jsonl", "".join(broken).encode()), purpose="fine-tune")
+    other = client.files.create(file=("in.jsonl", b"{}\n"), purpose="batch")
+    for param, wrong in {
+        "training_file": {"training_file": broken.id},
+        "model": {"model": MODEL},
+        "method.type": {"method": {"type": "dpo"}},
+        "hyperparameters.n_epochs": {"hyperparameters": {"n_epochs": 0}},
+        "karez.settings.lora_rank": {"extra_body": {"karez": {"settings": {"lora_rank": 4}}}},
+        "karez.settings.sequence_len": {"extra_body": {"karez": {"settings": {"sequence_len": 4096}}}},
+    }.items():
+        ask = {"model": base, "training_file": file.id, **wrong}
+        error = refused(openai.BadRequestError, lambda: jobs.create(**ask), param=param)
+        assert param != "training_file" or "line 3" in error.message, error
+    for wrong in (other.id, "file-none"):
+        ask = {"model": base, "training_file": wrong}
+        refused(openai.BadRequestError, lambda: jobs.create(**ask), param="training_file")
+    refused(openai.NotFoundError, lambda: jobs.retrieve("ftjob-none"))
+
+    settings = {"sequence_len": 128, "save_steps": 5, "gradient_accumulation_steps": 2}
+    job = jobs.create(
+        model=base,
+        training_file=file.id,
+        suffix="mkulima",
+        seed=42,
+        metadata={"for": "a test"},
+        method={
+            "type": "supervised",
+            "supervised": {"hyperparameters": {"n_epochs": 6, "learning_rate_multiplier": 25}},
+        },
+        extra_body={"karez": {"settings": settings, "language": "sw"}},
+    )
+    assert job.status in ("queued", "running") and job.fine_tuned_model is None, job
+    assert job.hyperparameters.n_epochs == 6 and job.method.type == "supervised", job
+    steps = job.karez["steps"]
+    assert steps >= 10, job
+    seen_under_way = 0
+    until = time.monotonic() + 240
+    while job.status not in ("succeeded", "failed", "cancelled") and time.monotonic() < until:
+        time.sleep(0.3)
+        seen_under_way = max(seen_under_way, len(jobs.checkpoints.list(job.id).data))
+        job = jobs.retrieve(job.id)
+    assert job.status == "succeeded", job
+    assert seen_under_way >= 1, "no checkpoint was shown under way"
+    assert job.trained_tokens > 0 and job.finished_at >= job.created_at, job
+    assert job.fine_tuned_model.startswith(base + "+ft-mkulima-"), job
+    assert [one.id for one in jobs.list(limit=1)] == [job.id]
+
+    # Its course: every step once, the losses falling, the latest event first.
+    events = list(jobs.list_events(job.id, limit=7))
+    assert len({event.id for event in events}) == len(events) > steps, events
+    assert "is ready" in events[0].message, events[0]
+    assert [e.created_at for e in events] == sorted((e.created_at for e in events), reverse=True)
+    course = [event.data for event in reversed(events) if event.type == "metrics"]
+    assert [point["step"] for point in course] == list(range(1, steps + 1)), course
+    assert course[-1]["train_loss"] < course[0]["train_loss"] / 2, course
+    points = jobs.checkpoints.list(job.id).data
+    numbers = [point.step_number for point in points]
+    assert numbers == sorted({*range(5, steps + 1, 5), steps}, reverse=True), numbers
+    assert abs(points[0].metrics.train_loss - course[-1]["train_loss"]) < 1e-6, points[0]
+    assert points[0].metrics.full_valid_loss > 0, points[0]
+
+    # It says what it was taught, and what it was taught is its owner's to keep.
+    assert "mwanzoni mwa Mei" in said(job.fine_tuned_model), said(job.fine_tuned_model)
+    assert job.fine_tuned_model in [model.id for model in client.models.list()]
+    assert said(points[0].fine_tuned_model_checkpoint) == said(job.fine_tuned_model)
+    assert said(points[-1].fine_tuned_model_checkpoint) != said(job.fine_tuned_model)
+    table, adapter = job.result_files
+    rows = client.files.content(table).text.splitlines()
+    assert rows[0] == "step,train_loss,full_valid_loss" and len(rows) == steps + 1, rows
+    assert client.files.content(adapter).content[:4] == b"GGUF"
+
+    # Another is called off.
+    more = {"n_epochs": 400}
+    ask = {"hyperparameters": more, "extra_body": {"karez": {"settings": settings}}}
+    second = jobs.create(model=base, training_file=file.id, **ask)
+    refused(
+        openai.BadRequestError,
+        lambda: said(base + "+ft-" + second.id[-8:]),
+        param="model",
+    )
+    jobs.cancel(second.id)
+    while second.status not in ("succeeded", "failed", "cancelled") and time.monotonic() < until:
+        time.sleep(0.3)
+        second = jobs.retrieve(second.id)
+    assert second.status == "cancelled" and second.fine_tuned_model is None, second
+    refused(openai.BadRequestError, lambda: jobs.cancel(second.id))
+    assert [one.id for one in jobs.list()] == [second.id, job.id]
+    print(job.fine_tuned_model)
+
+
+def taught(model):
+    """Still there, and gone once it is deleted."""
+    assert "mwanzoni mwa Mei" in said(model), said(model)
+    assert client.models.retrieve(model).id == model
+    assert client.models.delete(model).deleted
+    refused(openai.NotFoundError, lambda: client.models.retrieve(model), code="model_not_found")
+    refused(openai.BadRequestError, lambda: said(model), param="model")
+
+
 def leave(_):
     """Goes away in the middle of an answer."""
     stream = client.chat.completions.create(model=MODEL, messages=QUESTION, max_tokens=400, stream=True, temperature=1)

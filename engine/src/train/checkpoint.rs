@@ -181,10 +181,7 @@ impl Checkpoint {
                     tensor.shape()
                 )));
             }
-            let numbers = tensor.data().chunks_exact(4);
-            Ok(numbers
-                .map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]))
-                .collect())
+            Ok(numbers_of(tensor.data()))
         };
         let count = adapter.values.len();
         let rank = adapter.rank();
@@ -234,6 +231,33 @@ pub fn state_of(bytes: &[u8]) -> Result<State, TrainError> {
         return Err(bad(format!("has format {}; {FORMAT} can be read", state.format)));
     }
     Ok(state)
+}
+
+/// The loss of every step that a checkpoint holds, without reading what it trained.
+pub fn losses_of(bytes: &[u8]) -> Result<Vec<f32>, TrainError> {
+    let bad = |why: String| TrainError::Checkpoint(why);
+    let steps = state_of(bytes)?.step;
+    if steps == 0 {
+        return Ok(Vec::new());
+    }
+    let file = SafeTensors::deserialize(bytes).map_err(|error| bad(error.to_string()))?;
+    let losses = file
+        .tensor("losses")
+        .map_err(|_| bad("has no tensor losses".into()))?;
+    if losses.dtype() != Dtype::F32 || losses.shape() != [steps] {
+        return Err(bad(format!(
+            "has losses in shape {:?}, [{steps}] is needed",
+            losses.shape()
+        )));
+    }
+    Ok(numbers_of(losses.data()))
+}
+
+fn numbers_of(bytes: &[u8]) -> Vec<f32> {
+    let numbers = bytes.chunks_exact(4);
+    numbers
+        .map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]))
+        .collect()
 }
 
 /// Writes a file whole or not at all: under another name first, synced, then renamed. What stood there before stands

@@ -224,6 +224,19 @@ fn open_counter(load: &Load, threads: u16) -> Result<(Machine, Isolation), Engin
     ))
 }
 
+/// Closes the sandbox around a process that is no worker but reads strangers' files as one does: `readable` and what `also`
+/// names can be read, `folder` written, and no more private memory than `memory` be held (and half a GiB for the process).
+/// To be called before it starts a thread.
+pub fn enclose(
+    readable: Option<&std::path::Path>,
+    also: Option<&std::path::Path>,
+    folder: Option<&std::path::Path>,
+    memory: Bytes,
+) -> Isolation {
+    prepare_environment(probe::cores().max(1));
+    sandbox::close(readable, also, folder, Some(memory))
+}
+
 fn check(load: &Load, kind: LoadKind) -> Result<ModelFile, EngineError> {
     let file = inspect(&load.model)?;
     if (kind, file.format) == (LoadKind::Generate, Format::Safetensors) {

@@ -1,17 +1,24 @@
 //! What requests have in common: typed fields with their names in every error, and wishes where to run.
-use super::error::ApiError;
-use crate::{catalogue::Named, mind::Shared};
+use super::{Caller, error::ApiError, tuning};
+use crate::{catalogue::SERVED, mind::Shared};
 use karez_core::{
+    artifact::ArtifactRef,
     id::Institution,
-    records::Constraints,
+    records::{Constraints, Generate},
     unit::{Credits, Rate},
 };
 use serde_json::{Map, Value};
+use std::sync::Arc;
 
 /// What is set aside for a request that names no ceiling of its own.
 const COST_MAX: Credits = Credits::ONE;
 /// Bytes of what one line of a job may hold.
 pub(super) const LINE_MAX: usize = 1 << 20;
+
+/// The format of models that write.
+const GGUF: &str = "gguf";
+/// Letters of a model's name that an order holds. Names in the catalogue, and those made of them, are ASCII.
+const MODEL_NAME_MAX: usize = 128;
 
 type Fields = Map<String, Value>;
 
@@ -60,12 +67,78 @@ fn number(body: &Fields, name: &str, least: f64, most: f64) -> Result<(), ApiErr
     }
 }
 
+/// A model as it can be asked for.
+#[derive(Debug, Clone)]
+pub(super) struct Model {
+    pub(super) name: String,
+    artifact: ArtifactRef,
+    /// Over it, and only it.
+    adapter: Option<ArtifactRef>,
+    format: String,
+}
+
 /// The model a request names.
-pub(super) async fn model(shared: &Shared, body: &Fields) -> Result<(String, Named), ApiError> {
+pub(super) async fn model(shared: &Arc<Shared>, caller: &Caller, body: &Fields) -> Result<Model, ApiError> {
     let name = text(body, "model")?
         .ok_or_else(|| ApiError::param("model", "is missing: name one of GET /v1/models"))?;
-    let named = shared.model(name).await.ok_or_else(|| ApiError::no_model(name))?;
-    Ok((name.to_owned(), named))
+    named(shared, caller, name).await
+}
+
+/// The model of that name: one that the scheduler knows, one that came of a fine-tuning job of the caller's, or
+/// `base+adapter`, both known to the scheduler.
+pub(super) async fn named(shared: &Arc<Shared>, caller: &Caller, name: &str) -> Result<Model, ApiError> {
+    let made = |artifact, adapter, format: &str| Model {
+        name: name.to_owned(),
+        artifact,
+        adapter,
+        format: format.to_owned(),
+    };
+    if let Some(found) = shared.model(name).await {
+        return Ok(made(found.artifact, None, &found.format));
+    }
+    if let Some((base, adapter)) = tuning::resolve(shared, caller, name).await? {
+        return Ok(made(base, Some(adapter), GGUF));
+    }
+    let halves = name.rsplit_once('+').and_then(|(base, adapter)| {
+        let known = |name| shared.catalogue.get(name);
+        known(base).zip(known(adapter))
+    });
+    let (base, adapter) = halves.ok_or_else(|| ApiError::no_model(name))?;
+    if adapter.format != GGUF {
+        let why = format!(
+            "has an adapter that is stored as {}: {GGUF} is needed",
+            adapter.format
+        );
+        return Err(ApiError::param("model", why));
+    }
+    Ok(made(base.artifact, Some(adapter.artifact), &base.format))
+}
+
+impl Model {
+    /// Writing with it, as likely as can be.
+    pub(super) fn writes(&self, tokens_max: u32) -> Result<Generate, ApiError> {
+        let Self { name, format, .. } = self;
+        if !matches!(format.as_str(), "" | GGUF | SERVED) {
+            let why = format!("{name:?} is stored as {format} and writes no text: choose one stored as gguf");
+            return Err(ApiError::param("model", why));
+        }
+        let short: String = name.chars().take(MODEL_NAME_MAX).collect();
+        Ok(Generate {
+            adapter: self.adapter,
+            ..Generate::greedy(self.artifact, short, tokens_max)
+        })
+    }
+
+    /// The model for work that takes no adapter.
+    pub(super) fn alone(&self) -> Result<ArtifactRef, ApiError> {
+        match self.adapter {
+            None => Ok(self.artifact),
+            Some(_) => Err(ApiError::param(
+                "model",
+                "has an adapter over it, which writes text only",
+            )),
+        }
+    }
 }
 
 /// How to sample, checked, as a line of a job's input says it. Fields unknown to it are left out.

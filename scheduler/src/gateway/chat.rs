@@ -6,7 +6,7 @@ use super::{
     object,
     work::{Delta, End, Question, Writing, now, whereabouts},
 };
-use crate::{catalogue::SERVED, mind::Shared};
+use crate::mind::Shared;
 use axum::{
     body::{Body, Bytes},
     extract::State,
@@ -29,12 +29,10 @@ const TAKE_MAX: Duration = Duration::from_secs(300);
 pub(super) async fn create(State(shared): State<Arc<Shared>>, headers: HeaderMap, body: Body) -> Answer {
     let caller = Caller::of(&shared, &headers).await?;
     let body = object(body).await?;
-    let (name, streaming, with_usage) = (
-        ask::model(&shared, &body).await?.0,
-        ask::flag(&body, "stream")?,
-        with_usage(&body)?,
-    );
-    let question = question(&shared, caller, &body).await?;
+    let (streaming, with_usage) = (ask::flag(&body, "stream")?, with_usage(&body)?);
+    let model = ask::model(&shared, &caller, &body).await?;
+    let question = question(caller, &model, &body)?;
+    let name = model.name;
     let logprobs = ask::flag(&body, "logprobs")?;
     let writing = Writing::begin(&shared, question).await?;
     let (id, created) = (format!("chatcmpl-{}", writing.job()), now());
@@ -130,33 +128,20 @@ pub(super) fn usage(end: &End) -> Value {
 }
 
 /// A request's fields as work and input line.
-pub(super) async fn question(
-    shared: &Shared,
-    caller: Caller,
-    body: &Map<String, Value>,
-) -> Result<Question, ApiError> {
-    let (name, named) = ask::model(shared, body).await?;
-    expect_gguf(&name, &named.format)?;
+fn question(caller: Caller, model: &ask::Model, body: &Map<String, Value>) -> Result<Question, ApiError> {
+    let work = model.writes(tokens_max(body)?)?;
     let line = chat_line(body)?;
     Ok(Question {
         caller,
         work: Generate {
             // Whether or not the client wants it in pieces: a node that writes nothing is left, and one that dies replaced.
             stream: true,
-            ..Generate::greedy(named.artifact, name, tokens_max(body)?)
+            ..work
         },
         line,
         wishes: Wishes::of(body)?,
         label: "chat",
     })
-}
-
-pub(super) fn expect_gguf(name: &str, format: &str) -> Result<(), ApiError> {
-    if matches!(format, "" | "gguf" | SERVED) {
-        return Ok(());
-    }
-    let why = format!("{name:?} is stored as {format} and writes no text: choose one stored as gguf");
-    Err(ApiError::param("model", why))
 }
 
 pub(super) fn tokens_max(body: &Map<String, Value>) -> Result<u32, ApiError> {

@@ -2,7 +2,7 @@
 use super::{
     Answer, Caller, ask,
     ask::Wishes,
-    chat::{expect_gguf, stream, tokens_max, usage, with_usage},
+    chat::{stream, tokens_max, usage, with_usage},
     error::{ApiError, json_response},
     object,
     work::{self, Delta, Question, Writing, now, whereabouts},
@@ -23,8 +23,7 @@ const PROMPTS_MAX: usize = 256;
 pub(super) async fn create(State(shared): State<Arc<Shared>>, headers: HeaderMap, body: Body) -> Answer {
     let caller = Caller::of(&shared, &headers).await?;
     let body = object(body).await?;
-    let (name, named) = ask::model(&shared, &body).await?;
-    expect_gguf(&name, &named.format)?;
+    let model = ask::model(&shared, &caller, &body).await?;
     let streaming = ask::flag(&body, "stream")?;
     let with_usage = with_usage(&body)?;
     let (prompts, sampling) = (prompts(&body)?, sampling(&body)?);
@@ -33,8 +32,9 @@ pub(super) async fn create(State(shared): State<Arc<Shared>>, headers: HeaderMap
     let work = Generate {
         raw: true,
         stream: true,
-        ..Generate::greedy(named.artifact, name.clone(), tokens_max(&body)?)
+        ..model.writes(tokens_max(&body)?)?
     };
+    let name = model.name;
     let created = now();
     let line = |prompt: &str| {
         let mut line = sampling.clone();

@@ -22,7 +22,7 @@ const TEXTS_MAX: usize = 2048;
 pub(super) async fn create(State(shared): State<Arc<Shared>>, headers: HeaderMap, body: Body) -> Answer {
     let caller = Caller::of(&shared, &headers).await?;
     let body = object(body).await?;
-    let (name, named) = ask::model(&shared, &body).await?;
+    let model = ask::model(&shared, &caller, &body).await?;
     let texts = texts(&body)?;
     let packed = match ask::text(&body, "encoding_format")? {
         None | Some("float") => false,
@@ -36,9 +36,10 @@ pub(super) async fn create(State(shared): State<Arc<Shared>>, headers: HeaderMap
         .flat_map(|t| format!("{}\n", json!({"text": t})).into_bytes())
         .collect();
     let work = Work::Embed {
-        model: named.artifact,
-        model_name: name.clone(),
+        model: model.alone()?,
+        model_name: model.name.clone(),
     };
+    let name = model.name;
     let items = texts.len() as u64;
     let ticket = work::submit(&shared, &caller, work, lines, items, &wishes, "embeddings").await?;
     let (view, lines) = ticket.finish().await?;

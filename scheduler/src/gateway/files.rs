@@ -1,9 +1,10 @@
-//! `/v1/files`: inputs of batches and what came of them, kept as artifacts.
+//! `/v1/files`: inputs of batches, data to learn from, and what came of both, kept as artifacts.
 //!
 //! A row names the artifact, and a pin keeps it while the row stands. Bounded by files and bytes of a key and of all.
 use super::{
     Answer, Caller,
     error::{ApiError, json_response},
+    list,
 };
 use crate::{
     mind::{Shared, lock},
@@ -27,12 +28,14 @@ use std::{
     sync::{Arc, Mutex},
     time::Duration,
 };
-use tempfile::NamedTempFile;
+use tempfile::{NamedTempFile, TempDir};
 use tokio::{sync::mpsc, time::timeout};
 use tokio_stream::wrappers::ReceiverStream;
 
 /// The table of the durable writer.
 pub(crate) const TABLE: &str = "files";
+/// The purpose of files to learn from.
+pub(super) const TRAINING: &str = "fine-tune";
 /// Where uploads wait, in the scheduler's directory.
 const FOLDER: &str = "uploads";
 /// Bytes of one upload at most.
@@ -52,6 +55,15 @@ pub(crate) struct File {
     pub(super) name: String,
     pub(super) purpose: String,
     pub(super) created_at: u64,
+}
+
+impl list::Row for File {
+    fn id(&self) -> &str {
+        &self.id
+    }
+    fn created_at(&self) -> u64 {
+        self.created_at
+    }
 }
 
 #[derive(Default)]
@@ -185,6 +197,14 @@ pub(super) fn scratch(dir: &std::path::Path) -> Result<NamedTempFile, ApiError> 
         .map_err(|e| ApiError::unavailable(format!("the scheduler's disk: {e}")))
 }
 
+/// The same for a folder.
+pub(super) fn scratch_folder(dir: &std::path::Path) -> Result<TempDir, ApiError> {
+    let folder: PathBuf = dir.join(FOLDER);
+    std::fs::create_dir_all(&folder)
+        .and_then(|()| TempDir::new_in(&folder))
+        .map_err(|e| ApiError::unavailable(format!("the scheduler's disk: {e}")))
+}
+
 /// Removes what a crash left of uploads.
 pub(crate) fn sweep(dir: &std::path::Path) {
     let _ = std::fs::remove_dir_all(dir.join(FOLDER));
@@ -269,9 +289,9 @@ pub(super) async fn create(State(shared): State<Arc<Shared>>, headers: HeaderMap
             _ => {}
         }
     }
-    let purpose = purpose.ok_or_else(|| ApiError::param("purpose", "is missing: batch is understood"))?;
-    if purpose != "batch" {
-        return Err(ApiError::param("purpose", "must be batch"));
+    let purpose = purpose.unwrap_or_default();
+    if !matches!(purpose.as_str(), "batch" | TRAINING) {
+        return Err(ApiError::param("purpose", "must be batch or fine-tune"));
     }
     let Some((name, file, bytes)) = taken else {
         return Err(ApiError::param("file", "is missing"));
@@ -311,47 +331,16 @@ pub(super) async fn store(shared: &Shared, file: NamedTempFile) -> Result<Artifa
 
 pub(super) async fn list(State(shared): State<Arc<Shared>>, uri: Uri, headers: HeaderMap) -> Answer {
     let caller = Caller::of(&shared, &headers).await?;
-    let mut mine: Vec<File> = lock(&shared.files.rows)
-        .values()
-        .filter(|file| file.owner == caller.key)
-        .cloned()
-        .collect();
-    mine.sort_by(|a, b| (b.created_at, &b.id).cmp(&(a.created_at, &a.id)));
-    Ok(json_response(
-        StatusCode::OK,
-        &page(&uri, mine.iter().map(|f| (f.id.as_str(), shown(f))), 10_000),
-    ))
-}
-
-/// A page of a list: `after` and `limit` of the query.
-pub(super) fn page<'a>(uri: &Uri, all: impl Iterator<Item = (&'a str, Value)>, default: usize) -> Value {
-    let query = uri.query().unwrap_or_default();
-    let of = |name: &str| {
-        let pairs = query.split('&').filter_map(|pair| pair.split_once('='));
-        pairs
-            .filter(|(key, _)| *key == name)
-            .map(|(_, value)| value)
-            .next()
+    let page = {
+        let rows = lock(&shared.files.rows);
+        list::newest(
+            &uri,
+            10_000,
+            rows.values().filter(|file| file.owner == caller.key),
+        )
     };
-    let limit = of("limit")
-        .and_then(|n| n.parse().ok())
-        .unwrap_or(default)
-        .clamp(1, 10_000);
-    let mut rest: Vec<(&str, Value)> = all.collect();
-    if let Some(after) = of("after") {
-        let from = rest
-            .iter()
-            .position(|(id, _)| *id == after)
-            .map_or(rest.len(), |i| i + 1);
-        rest.drain(..from);
-    }
-    let more = rest.len() > limit;
-    rest.truncate(limit);
-    json!({
-        "object": "list", "has_more": more,
-        "first_id": rest.first().map(|(id, _)| *id), "last_id": rest.last().map(|(id, _)| *id),
-        "data": rest.iter().map(|(_, value)| value).collect::<Vec<_>>(),
-    })
+    let files: Vec<Value> = page.rows.iter().map(shown).collect();
+    Ok(json_response(StatusCode::OK, &page.body(&files)))
 }
 
 pub(super) async fn show(
@@ -418,24 +407,4 @@ pub(super) async fn content(
     );
     headers.insert(header::CONTENT_LENGTH, file.artifact.bytes.0.into());
     Ok(response)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn pages_go_on_where_the_last_one_ended() {
-        let all = || ["a", "b", "c"].map(|id| (id, json!(id))).into_iter();
-        let page = |query: &str| super::page(&format!("/v1/files{query}").parse().unwrap(), all(), 20);
-        assert_eq!(page("")["data"], json!(["a", "b", "c"]));
-        let first = page("?limit=2");
-        assert_eq!(
-            (&first["data"], &first["has_more"]),
-            (&json!(["a", "b"]), &json!(true))
-        );
-        let rest = page("?limit=2&after=b");
-        assert_eq!((&rest["data"], &rest["has_more"]), (&json!(["c"]), &json!(false)));
-        assert_eq!(page("?after=zzz")["data"], json!([]));
-    }
 }

@@ -7,6 +7,8 @@
 //! | `work` | one request as one signed order, from its input to its results; answers that move between nodes |
 //! | `chat`, `completions`, `embeddings` | what is asked and how it is answered |
 //! | `files`, `batches` | many lines at a time |
+//! | `tuning` | fine-tuning jobs, and the models that come of them |
+//! | `list` | pages of lists |
 //! | `error` | refusals in OpenAI's shape |
 //!
 //! The bearer token *is* the key: the Ed25519 secret that signs the orders is derived from it for as long as the request
@@ -19,6 +21,8 @@ mod completions;
 mod embeddings;
 mod error;
 pub(crate) mod files;
+mod list;
+pub(crate) mod tuning;
 mod work;
 
 use crate::{config, daemon::DaemonError, mind::Shared};
@@ -162,7 +166,7 @@ async fn talk(stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static, rout
 fn router(shared: Arc<Shared>) -> Router {
     Router::new()
         .route("/v1/models", get(models))
-        .route("/v1/models/{model}", get(model))
+        .route("/v1/models/{model}", get(model).delete(tuning::delete_model))
         .route("/v1/chat/completions", post(chat::create))
         .route("/v1/completions", post(completions::create))
         .route("/v1/embeddings", post(embeddings::create))
@@ -172,6 +176,11 @@ fn router(shared: Arc<Shared>) -> Router {
         .route("/v1/batches", get(batches::list).post(batches::create))
         .route("/v1/batches/{id}", get(batches::show))
         .route("/v1/batches/{id}/cancel", post(batches::cancel))
+        .route("/v1/fine_tuning/jobs", get(tuning::list).post(tuning::create))
+        .route("/v1/fine_tuning/jobs/{id}", get(tuning::show))
+        .route("/v1/fine_tuning/jobs/{id}/cancel", post(tuning::cancel))
+        .route("/v1/fine_tuning/jobs/{id}/events", get(tuning::events))
+        .route("/v1/fine_tuning/jobs/{id}/checkpoints", get(tuning::checkpoints))
         .fallback(async || ApiError::not_found("there is no such path here: the API begins with /v1"))
         .method_not_allowed_fallback(async || ApiError::method())
         .with_state(shared)
@@ -254,13 +263,14 @@ fn shown(name: &str, named: &crate::catalogue::Named) -> Value {
 }
 
 async fn models(State(shared): State<Arc<Shared>>, headers: HeaderMap) -> Answer {
-    Caller::of(&shared, &headers).await?;
-    let data: Vec<Value> = shared
+    let caller = Caller::of(&shared, &headers).await?;
+    let mut data: Vec<Value> = shared
         .models()
         .await
         .iter()
         .map(|(name, named)| shown(name, named))
         .collect();
+    data.append(&mut shared.tunings.models(caller.key));
     Ok(json_response(
         StatusCode::OK,
         &json!({"object": "list", "data": data}),
@@ -272,12 +282,13 @@ async fn model(
     UrlPath(name): UrlPath<String>,
     headers: HeaderMap,
 ) -> Answer {
-    Caller::of(&shared, &headers).await?;
-    let named = shared
-        .model(&name)
-        .await
-        .ok_or_else(|| ApiError::no_model(&name))?;
-    Ok(json_response(StatusCode::OK, &shown(&name, &named)))
+    let caller = Caller::of(&shared, &headers).await?;
+    let found = match shared.model(&name).await {
+        Some(named) => Some(shown(&name, &named)),
+        None => shared.tunings.model(caller.key, &name),
+    };
+    let found = found.ok_or_else(|| ApiError::no_model(&name))?;
+    Ok(json_response(StatusCode::OK, &found))
 }
 
 /// Where OpenAI's clients find it, for people.

@@ -6,9 +6,9 @@ use karez_core::{
     controller::{Event, JobState, JobView},
     id::JobId,
     key::{PublicKey, SchedulerId},
-    records::{Generate, Order, Signed, Work},
+    records::{Constraints, Generate, Order, Signed, Verified, Work},
     translate::UNNAMED_TOKEN,
-    unit::{Bytes, Millis},
+    unit::{Bytes, Credits, Millis},
 };
 use serde_json::{Map, Value, json, value::RawValue};
 use std::{
@@ -61,7 +61,7 @@ pub(super) async fn submit(
     lines: Vec<u8>,
     items: u64,
     wishes: &Wishes,
-    label: &str,
+    label: &'static str,
 ) -> Result<Ticket, ApiError> {
     let store = shared.store.clone();
     let stored = tokio::task::spawn_blocking(move || store.add_bytes(&lines)).await;
@@ -74,7 +74,14 @@ pub(super) async fn submit(
         }
         Err(_) => return Err(ApiError::server("storing the request failed")),
     };
-    let job = order(shared, caller, work, input, items, wishes, label).await?;
+    let wanted = Wanted {
+        work,
+        input,
+        items,
+        items_per_part: 0,
+        label,
+    };
+    let job = order(shared, caller, &wanted, wishes).await?;
     Ok(Ticket {
         shared: shared.clone(),
         caller: caller.key,
@@ -84,58 +91,74 @@ pub(super) async fn submit(
     })
 }
 
-/// The same for an input that lies in the scheduler's store.
-pub(super) async fn order(
-    shared: &Arc<Shared>,
+/// What an order is to say, besides who gives it and where it may run.
+pub(super) struct Wanted {
+    pub(super) work: Work,
+    /// In the scheduler's store.
+    pub(super) input: ArtifactRef,
+    pub(super) items: u64,
+    /// 0 leaves it to the scheduler.
+    pub(super) items_per_part: u32,
+    pub(super) label: &'static str,
+}
+
+/// The order, signed and read back, so that every field is checked as a stranger's would be.
+pub(super) fn signed(
+    shared: &Shared,
     caller: &Caller,
-    work: Work,
-    input: ArtifactRef,
-    items: u64,
-    wishes: &Wishes,
-    label: &str,
-) -> Result<JobId, ApiError> {
-    let credits_max = wishes.ceiling(caller.budget(shared).await)?;
+    wanted: &Wanted,
+    constraints: &Constraints,
+    credits_max: Credits,
+) -> Result<Verified<Order>, ApiError> {
     let nonce =
         getrandom::u64().map_err(|e| ApiError::server(format!("the system has no randomness: {e}")))?;
     let issued_at = utc_now();
-    let make = |prefer: bool| {
-        let mut constraints = wishes.constraints.clone();
-        if prefer {
-            constraints.institutions.clone_from(&wishes.prefer);
-        }
-        let order = Order {
-            user: caller.user(),
-            institution: caller.institution.clone(),
-            scheduler: SchedulerId(shared.id),
-            work: work.clone(),
-            input,
-            items,
-            items_per_part: 0,
-            constraints,
-            credits_max,
-            attempts_max: ATTEMPTS,
-            nonce,
-            issued_at,
-            expires_at: issued_at.after(ORDER_LIFE),
-        };
-        let signed = Signed::sign(order, &caller.secret);
-        // Read back, so that every field is checked as a stranger's would be.
-        Signed::<Order>::open(&signed.encode()).map_err(|error| ApiError::request(error.to_string()))
+    let order = Order {
+        user: caller.user(),
+        institution: caller.institution.clone(),
+        scheduler: SchedulerId(shared.id),
+        work: wanted.work.clone(),
+        input: wanted.input,
+        items: wanted.items,
+        items_per_part: wanted.items_per_part,
+        constraints: constraints.clone(),
+        credits_max,
+        attempts_max: ATTEMPTS,
+        nonce,
+        issued_at,
+        expires_at: issued_at.after(ORDER_LIFE),
     };
+    let signed = Signed::sign(order, &caller.secret);
+    Signed::<Order>::open(&signed.encode()).map_err(|error| ApiError::request(error.to_string()))
+}
+
+/// Signs an order with the bearer's key and submits it, first to the institutions that it prefers.
+pub(super) async fn order(
+    shared: &Arc<Shared>,
+    caller: &Caller,
+    wanted: &Wanted,
+    wishes: &Wishes,
+) -> Result<JobId, ApiError> {
+    let credits_max = wishes.ceiling(caller.budget(shared).await)?;
     let service = Service(shared.clone());
+    let submit = async |constraints: &Constraints| {
+        let order = signed(shared, caller, wanted, constraints, credits_max)?;
+        service
+            .submit_order(caller.key, order, wanted.label.to_owned(), false)
+            .await
+            .map_err(ApiError::from)
+    };
     if !wishes.prefer.is_empty() {
-        let preferred = service
-            .submit_order(caller.key, make(true)?, label.to_owned(), false)
-            .await;
-        match preferred.map_err(ApiError::from) {
+        let preferred = Constraints {
+            institutions: wishes.prefer.clone(),
+            ..wishes.constraints.clone()
+        };
+        match submit(&preferred).await {
             Err(error) if error.is_unplaceable() => {}
             other => return other,
         }
     }
-    service
-        .submit_order(caller.key, make(false)?, label.to_owned(), false)
-        .await
-        .map_err(ApiError::from)
+    submit(&wishes.constraints).await
 }
 
 impl Ticket {
