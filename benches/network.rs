@@ -1,7 +1,7 @@
 //! The network's own cost, with the real binary on loopback: idle node, submit to done, join to first placement.
 //!
-//! `cargo bench --bench network -- FILE` writes JSON to FILE and prints a table. Load is bounded: one user, one
-//! job at a time, a few hundred jobs.
+//! `cargo bench --bench network -- [FILE] [tasks]` writes JSON to FILE and prints a table; `tasks` runs the array jobs only.
+//! Load is bounded: one user, one job at a time, a few hundred jobs.
 use karez_core::{
     artifact::ArtifactRef,
     key::{PublicKey, SchedulerId, SecretKey, UserId},
@@ -24,19 +24,34 @@ use std::{
     thread,
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
+use tonic::transport::Channel;
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
 const JOBS: usize = 300;
 const JOINS: usize = 5;
 const IDLE: Duration = Duration::from_secs(30);
+/// Items of an array job.
+const ITEMS: u64 = 100_000;
+/// Array jobs; the middle one counts.
+const ARRAYS: usize = 5;
+/// Parts of the job that has a lease for each item.
+const PARTS: u64 = 500;
+/// Calls that do nothing, at once and in all: what the wire alone allows.
+const ECHOES: (usize, usize) = (64, 20_000);
 
 fn main() -> Result<()> {
-    let file = std::env::args().skip(1).find(|a| !a.starts_with('-'));
+    let mut words: Vec<String> = std::env::args().skip(1).filter(|a| !a.starts_with('-')).collect();
+    let tasks_only = words
+        .iter()
+        .position(|w| w == "tasks")
+        .map(|at| words.remove(at))
+        .is_some();
+    let file = words.pop();
     let dir = tempfile::tempdir()?;
     let home = dir.path().join("home");
     karez(&home, &["up"])?;
-    let measured = measure(&home, dir.path());
+    let measured = measure(&home, dir.path(), tasks_only);
     karez(&home, &["down"])?;
     let measured = measured?;
     if let Some(file) = file {
@@ -59,21 +74,44 @@ fn text(value: &Value) -> &str {
     value.as_str().unwrap_or("")
 }
 
-fn measure(home: &Path, scratch: &Path) -> Result<Value> {
+fn measure(home: &Path, scratch: &Path, tasks_only: bool) -> Result<Value> {
     let load_before = load();
-    let (memory, cpu) = idle(home)?;
-    let (p50, p99) = tokio::runtime::Runtime::new()?.block_on(submit_to_done(home, scratch))?;
-    let join = join_to_placement(home, scratch)?;
     let figure = |name: &str, value: f64, unit: &str, aim: &str| json!({"name": name, "value": (value * 1000.0).round() / 1000.0, "unit": unit, "aim": aim});
+    let mut figures = Vec::new();
+    let runtime = tokio::runtime::Runtime::new()?;
+    if !tasks_only {
+        let (memory, cpu) = idle(home)?;
+        figures.push(figure("idle node, resident", memory, "MB", "<= 20"));
+        figures.push(figure("idle node, CPU", cpu, "% of core", "<= 0.2"));
+    }
+    let mut desk = runtime.block_on(Desk::open(home, scratch))?;
+    if !tasks_only {
+        let (p50, p99) = runtime.block_on(submit_to_done(&mut desk))?;
+        figures.push(figure("no-op submit to done, p50", p50, "ms", "<= 20"));
+        figures.push(figure("no-op submit to done, p99", p99, "ms", "<= 60"));
+        let join = join_to_placement(home, scratch)?;
+        figures.push(figure("join to first placement, median", join, "s", "<= 5"));
+    }
+    let (seconds, _) = runtime.block_on(array_job(&mut desk, ITEMS, 0, ARRAYS))?;
+    figures.push(figure(
+        "array job of 100,000 items",
+        ITEMS as f64 / seconds,
+        "items/s",
+        ">= 60000",
+    ));
+    // In so many parts that each is a lease, a usage and a receipt of its own: what one lease after another costs.
+    let (seconds, leases) = runtime.block_on(array_job(&mut desk, PARTS, 1, 1))?;
+    figures.push(figure(
+        "array job, a lease for each item",
+        leases as f64 / seconds,
+        "leases/s",
+        "-",
+    ));
+    let echo = runtime.block_on(echo(&desk))?;
+    figures.push(figure("gRPC calls that do nothing", echo, "calls/s", "the limit"));
     Ok(json!({
-        "figures": [
-            figure("idle node, resident", memory, "MB", "<= 20"),
-            figure("idle node, CPU", cpu, "% of core", "<= 0.2"),
-            figure("no-op submit to done, p50", p50, "ms", "<= 20"),
-            figure("no-op submit to done, p99", p99, "ms", "<= 60"),
-            figure("join to first placement, median", join, "s", "<= 5"),
-        ],
-        "samples": {"jobs": JOBS, "joins": JOINS, "idle_s": IDLE.as_secs()},
+        "figures": figures,
+        "samples": {"jobs": JOBS, "joins": JOINS, "idle_s": IDLE.as_secs(), "arrays": ARRAYS, "items": ITEMS, "parts": PARTS},
         "machine": {
             "cpu": cpu_name(), "cores": thread::available_parallelism()?.get(),
             "load_before": load_before, "load_after": load(),
@@ -129,82 +167,135 @@ fn idle(home: &Path) -> Result<(f64, f64)> {
     Ok((median(&mut memory), median(&mut cpu)))
 }
 
-/// Milliseconds from the call to the view that says done: signed order, lease, usage, receipt and entry on disk.
-async fn submit_to_done(home: &Path, scratch: &Path) -> Result<(f64, f64)> {
-    let config: toml::Table = toml::from_str(&fs::read_to_string(home.join("client.toml"))?)?;
-    let of = |key: &str| config[key].as_str().ok_or("client.toml");
-    let scheduler: SchedulerId = of("scheduler")?.parse()?;
-    let secret = identity::load(&home.join("user.pem"), "")?;
-    let channel = control::connect(of("control_addr")?, &secret, scheduler.0).await?;
-    let mut client = ControlClient::new(channel);
-    let status = client.status(wire::StatusRequest {}).await?.into_inner();
-    let store = ArtifactStore::open(&scratch.join("artifacts"), Bytes(1 << 30))?;
-    let input = store.add_bytes(b"{}\n")?;
-    let transfers = Transfers::bind("127.0.0.1:0".parse()?, &secret, store, Arc::new(|_, _| false))?;
-    let addrs = status
-        .artifact_addrs
-        .iter()
-        .filter_map(|a| a.parse().ok())
-        .collect();
-    transfers
-        .push(
+/// One user at the scheduler of `karez up`.
+struct Desk {
+    client: ControlClient<Channel>,
+    secret: SecretKey,
+    scheduler: SchedulerId,
+    institution: String,
+    input: ArtifactRef,
+    nonce: u64,
+}
+
+impl Desk {
+    async fn open(home: &Path, scratch: &Path) -> Result<Self> {
+        let config: toml::Table = toml::from_str(&fs::read_to_string(home.join("client.toml"))?)?;
+        let of = |key: &str| config[key].as_str().ok_or("client.toml");
+        let scheduler: SchedulerId = of("scheduler")?.parse()?;
+        let secret = identity::load(&home.join("user.pem"), "")?;
+        let channel = control::connect(of("control_addr")?, &secret, scheduler.0).await?;
+        let mut client = ControlClient::new(channel);
+        let status = client.status(wire::StatusRequest {}).await?.into_inner();
+        let store = ArtifactStore::open(&scratch.join("artifacts"), Bytes(1 << 30))?;
+        let input = store.add_bytes(b"{}\n")?;
+        let transfers = Transfers::bind("127.0.0.1:0".parse()?, &secret, store, Arc::new(|_, _| false))?;
+        let addrs = status
+            .artifact_addrs
+            .iter()
+            .filter_map(|a| a.parse().ok())
+            .collect();
+        let holder = Holder {
+            key: scheduler.0,
+            addrs,
+        };
+        transfers.push(input, &holder, Arc::new(|_| {})).await?;
+        Ok(Self {
+            client,
+            secret,
+            scheduler,
+            institution: of("institution")?.to_owned(),
             input,
-            &Holder {
-                key: scheduler.0,
-                addrs,
-            },
-            Arc::new(|_| {}),
-        )
-        .await?;
-    let mut millis = Vec::new();
-    for nonce in 0..JOBS as u64 {
-        let order = order(&secret, scheduler, of("institution")?, input, nonce)?;
+            nonce: 0,
+        })
+    }
+
+    /// Submits a job and waits for its end: signed order, leases, usage, receipts and entries on disk. Seconds, and its parts.
+    async fn job(&mut self, items: u64, per_part: u32) -> Result<(f64, u64)> {
+        self.nonce += 1;
+        let order = order(self, items, per_part)?;
         let began = Instant::now();
         let request = wire::SubmitRequest {
             order,
             label: String::new(),
             wait: false,
         };
-        let job = client.submit(request).await?.into_inner().job;
+        let job = self.client.submit(request).await?.into_inner().job;
         let id = job.iter().map(|b| format!("{b:02x}")).collect();
-        let mut views = client.watch(wire::JobRequest { job: id }).await?.into_inner();
+        let mut views = self
+            .client
+            .watch(wire::JobRequest { job: id })
+            .await?
+            .into_inner();
         while let Some(view) = views.message().await? {
             match view.state.as_str() {
-                "done" => break,
+                "done" => return Ok((began.elapsed().as_secs_f64(), view.parts.len() as u64)),
                 "failed" | "cancelled" => return Err(view.cause.into()),
                 _ => {}
             }
         }
-        millis.push(began.elapsed().as_secs_f64() * 1000.0);
+        Err("the scheduler stopped telling of the job".into())
+    }
+}
+
+/// Milliseconds from the call to the view that says done.
+async fn submit_to_done(desk: &mut Desk) -> Result<(f64, f64)> {
+    let mut millis = Vec::new();
+    for _ in 0..JOBS {
+        millis.push(desk.job(1, 0).await?.0 * 1000.0);
     }
     millis.sort_by(f64::total_cmp);
     Ok((millis[millis.len() / 2], millis[millis.len() * 99 / 100]))
 }
 
-fn order(
-    secret: &SecretKey,
-    scheduler: SchedulerId,
-    institution: &str,
-    input: ArtifactRef,
-    nonce: u64,
-) -> Result<Vec<u8>> {
+/// Seconds that such a job takes, the median of so many, and how many leases it was cut into.
+async fn array_job(desk: &mut Desk, items: u64, per_part: u32, times: usize) -> Result<(f64, u64)> {
+    let (mut seconds, mut leases) = (Vec::new(), 0);
+    for _ in 0..times {
+        let (took, parts) = desk.job(items, per_part).await?;
+        seconds.push(took);
+        leases = parts;
+    }
+    Ok((median(&mut seconds), leases))
+}
+
+/// Calls a second that the same server answers when it has nothing to do for them.
+async fn echo(desk: &Desk) -> Result<f64> {
+    let (at_once, all) = ECHOES;
+    let began = Instant::now();
+    let mut tasks = tokio::task::JoinSet::new();
+    for _ in 0..at_once {
+        let mut client = desk.client.clone();
+        tasks.spawn(async move {
+            for _ in 0..all / at_once {
+                client.status(wire::StatusRequest {}).await?;
+            }
+            Ok::<_, tonic::Status>(())
+        });
+    }
+    while let Some(done) = tasks.join_next().await {
+        done??;
+    }
+    Ok((all / at_once * at_once) as f64 / began.elapsed().as_secs_f64())
+}
+
+fn order(desk: &Desk, items: u64, items_per_part: u32) -> Result<Vec<u8>> {
     let now = u64::try_from(SystemTime::now().duration_since(UNIX_EPOCH)?.as_millis())?;
     let order = Order {
-        user: UserId(PublicKey::of(secret)),
-        institution: institution.parse()?,
-        scheduler,
+        user: UserId(PublicKey::of(&desk.secret)),
+        institution: desk.institution.parse()?,
+        scheduler: desk.scheduler,
         work: Work::Noop { millis_per_item: 0 },
-        input,
-        items: 1,
-        items_per_part: 0,
+        input: desk.input,
+        items,
+        items_per_part,
         constraints: Constraints::default(),
-        credits_max: Credits(1000),
+        credits_max: Credits(1_000 * items),
         attempts_max: 3,
-        nonce: now << 16 | nonce,
+        nonce: now << 16 | desk.nonce,
         issued_at: UtcMillis(now),
-        expires_at: UtcMillis(now + 60_000),
+        expires_at: UtcMillis(now + 600_000),
     };
-    Ok(Signed::sign(order, secret).encode())
+    Ok(Signed::sign(order, &desk.secret).encode())
 }
 
 /// Seconds from `node init` with an invitation to the end of the first job placed on that node.

@@ -8,8 +8,11 @@
 //!
 //! Not here: what nodes cost otherwise ([`crate::placement`]), who is next ([`crate::fair`]).
 use crate::{
+    artifact::ArtifactRef,
     id::Digest,
     key::NodeId,
+    market::Market,
+    placement::{self, Candidate, Plan, Request},
     prelude::*,
     unit::{Credits, Millis, MonoMillis},
 };
@@ -31,6 +34,8 @@ const WAIT_MAX: Millis = Millis(2_000);
 const TOKEN_BYTES: u64 = 4;
 /// Bytes of a model that are loaded in a millisecond.
 const LOAD_BYTES_PER_MS: u64 = 500_000;
+/// Nodes with the model warm that are looked at for one question, besides the cheapest ones.
+const WARM_MAX: usize = 64;
 
 /// The beginning of a prompt, block by block: hash `i` stands for all text up to the end of block `i`.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -262,6 +267,97 @@ pub fn choose(seats: &[Seat], age: Millis) -> Option<Choice> {
         }
     }
     Some(Choice::Go(at))
+}
+
+/// A question on its way to a node.
+#[derive(Debug, Clone, Copy)]
+pub struct Question<'a> {
+    /// What it needs.
+    pub request: &'a Request<'a>,
+    /// Which model answers.
+    pub model: &'a ArtifactRef,
+    /// How its prompt begins.
+    pub prefix: &'a Prefix,
+    /// How long it has waited.
+    pub age: Millis,
+}
+
+/// Where a question goes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Route {
+    /// There.
+    Go(Plan),
+    /// Nowhere for so long: a node that is busy knows its prompt.
+    Wait(Millis),
+}
+
+/// Sends a question where it costs least, what is warm counted in: to one of the places of `plan`, the cheapest by
+/// placement, or to one that has read its beginning or keeps its model.
+pub fn route(
+    now: MonoMillis,
+    market: &Market,
+    hearth: &Hearth,
+    question: &Question<'_>,
+    mut plan: Plan,
+) -> Route {
+    let Question {
+        request,
+        model,
+        prefix,
+        age,
+    } = *question;
+    let mut places: Vec<Candidate> = Vec::with_capacity(1 + plan.alternatives.len());
+    places.push(plan.chosen.clone());
+    places.append(&mut plan.alternatives);
+    let loaded = |node: &NodeId| hearth.of(node).is_some_and(|heat| heat.has_model(&model.digest));
+    let shared = |node: &NodeId| hearth.of(node).map_or(0, |heat| heat.shared(prefix));
+    // What is warm elsewhere matters only where it is warmer than the cheapest places.
+    let known: Vec<NodeId> = places.iter().map(|place| place.node).collect();
+    let all_loaded = known.iter().all(loaded);
+    if !(all_loaded && prefix.is_empty()) {
+        let warm = hearth
+            .holding(&model.digest)
+            .filter(|node| !known.contains(node))
+            .take(WARM_MAX);
+        let warm = warm.filter(|node| !all_loaded || shared(node) > 0);
+        places
+            .extend(warm.filter_map(|node| placement::candidate_at(market, &node, request, market.policy())));
+    }
+    let seats: Vec<Seat> = places
+        .iter()
+        .map(|place| Seat {
+            score: place.score,
+            duration: place.duration,
+            units: request.units,
+            shared: shared(&place.node),
+            to_load: if loaded(&place.node) { 0 } else { model.bytes.0 },
+            busy: place.busy,
+        })
+        .collect();
+    let chosen = match choose(&seats, age) {
+        Some(Choice::Go(chosen)) => chosen,
+        Some(Choice::Wait(more)) => return Route::Wait(more),
+        None => 0,
+    };
+    let tokens = seats.get(chosen).map_or(0, |seat| seat.shared) * BLOCK_BYTES / TOKEN_BYTES as usize;
+    let fresh = |place: &Candidate| hearth.of(&place.node).is_some_and(|heat| heat.is_fresh(now));
+    plan.warm = match (tokens, places.get(chosen).is_some_and(fresh)) {
+        (0, _) if places.len() > 1 && prefix.is_empty() && !places.iter().any(fresh) => {
+            "a guess: no node has told lately what it keeps warm".into()
+        }
+        (0, _) => String::new(),
+        (tokens, true) => format!("about {tokens} tokens of its prompt are known there"),
+        (tokens, false) => {
+            format!(
+                "a guess: about {tokens} tokens of its prompt were sent there, but it has not told lately"
+            )
+        }
+    };
+    plan.chosen = places.remove(chosen);
+    places.retain(|place| !place.busy);
+    places.truncate(market.policy().alternatives);
+    plan.alternatives = places;
+    Route::Go(plan)
 }
 
 #[cfg(test)]

@@ -13,7 +13,7 @@ use crate::{
         flow::{self, FORBIDDEN, Problem},
     },
     prelude::*,
-    records::{NodeState, Order},
+    records::{NodeState, Order, OwnerPolicy},
     unit::{Millis, Now, Rate},
 };
 
@@ -31,16 +31,29 @@ const GROUPS_MAX: usize = 700;
 pub(super) struct Guide {
     /// By shape of work: how many parts should go to which group of the stock.
     pub(super) quotas: BTreeMap<Digest, BTreeMap<u32, u64>>,
+    /// Shapes tell users apart.
+    pub(super) by_user: bool,
 }
 
-/// What orders share that can run on the same capacity: kind, masks and memory.
-pub(super) fn shape_of(order: &Order) -> Digest {
+/// What orders share that can run on the same capacity: kind, masks and memory; and whose they are, where some owners
+/// do not serve everybody.
+pub(super) fn shape_of(order: &Order, by_user: bool) -> Digest {
     let (kind, c) = (order.work.kind().as_str(), &order.constraints);
     let memory = order.work.model().map_or(0, |m| m.bytes.0);
     let mut text = format!(
-        "{kind} {} {} {:?} {memory} {}",
-        c.device, c.memory.0, c.rate_max, c.donated_only
+        "{kind} {} {} {:?} {memory} {} {} {} {} {}",
+        c.device,
+        c.memory.0,
+        c.rate_max,
+        c.donated_only,
+        c.isolation,
+        c.data,
+        c.licence.escape_debug(),
+        c.devices(),
     );
+    if by_user {
+        text.push_str(&format!(" of {}", order.institution));
+    }
     if let Some(served) = order.work.model().filter(|m| !m.is_content()) {
         text.push_str(&served.digest.to_string());
     }
@@ -76,6 +89,9 @@ impl Controller {
             return;
         }
         self.guide_at = now.mono.after(GAP);
+        let picky =
+            |terms: &OwnerPolicy| !(terms.institutions.is_empty() && terms.institutions_excluded.is_empty());
+        let by_user = self.market.stock().groups().any(|(_, group)| picky(&group.terms));
         let mut shapes: BTreeMap<Digest, Shape> = BTreeMap::new();
         for (_, id) in &self.queue {
             let Some(job) = self.jobs.get(id) else { continue };
@@ -84,7 +100,7 @@ impl Controller {
                 .iter()
                 .filter(|p| p.state == super::JobState::Queued)
                 .count() as u64;
-            let key = shape_of(&job.order);
+            let key = shape_of(&job.order, by_user);
             if shapes.len() < SHAPES_MAX || shapes.contains_key(&key) {
                 shapes.entry(key).or_insert(Shape { job: *id, parts: 0 }).parts += parts;
             }
@@ -102,7 +118,10 @@ impl Controller {
         let Some(solution) = flow::solve(&problem, STEPS_MAX) else {
             return;
         };
-        let mut guide = Guide::default();
+        let mut guide = Guide {
+            by_user,
+            ..Guide::default()
+        };
         let keys: Vec<&Digest> = shapes.keys().collect();
         for (row, column, units) in &solution.flow {
             let quota = guide.quotas.entry(*keys[*row as usize]).or_default();

@@ -210,7 +210,7 @@ impl Controller {
                 continue;
             }
             let shape = if guided {
-                shape_of(&job.order)
+                shape_of(&job.order, self.guide.as_ref().is_some_and(|guide| guide.by_user))
             } else {
                 Digest([0; 32])
             };
@@ -570,6 +570,7 @@ pub(super) fn request<'a>(
         avoid,
         devices: order.constraints.devices(),
         user: Some(&order.institution),
+        waited_for: super::questions::is_question(order),
         ..Request::default()
     }
 }

@@ -7,10 +7,10 @@ use super::placing::request;
 use crate::{
     id::{JobId, LeaseKey, PartIndex},
     key::NodeId,
-    placement::{self, Candidate, Plan},
+    placement::Plan,
     prelude::*,
     records::{Order, Work},
-    routing::{self, Choice, Prefix, Seat},
+    routing::{self, Prefix, Question, Route},
     unit::{Millis, Now},
 };
 
@@ -22,11 +22,9 @@ pub(super) const SHUN: Millis = Millis(60_000);
 const PROMPTS_MAX: usize = 8_192;
 /// Nodes that one question is kept from at most.
 const SHUNNED_MAX: usize = 32;
-/// Nodes with the model warm that are looked at for one question, besides the cheapest ones.
-const WARM_MAX: usize = 64;
 
 /// Somebody waits for the one answer of this order.
-fn is_question(order: &Order) -> bool {
+pub(super) fn is_question(order: &Order) -> bool {
     matches!(order.work, Work::Generate(_)) && order.items == 1
 }
 
@@ -61,7 +59,7 @@ impl Controller {
 
     /// Sends a question where it costs least, what is warm counted in. `None` when it rather waits a moment for a node
     /// that is busy.
-    pub(super) fn route(&mut self, now: Now, id: JobId, index: PartIndex, mut plan: Plan) -> Option<Plan> {
+    pub(super) fn route(&mut self, now: Now, id: JobId, index: PartIndex, plan: Plan) -> Option<Plan> {
         let Some(job) = self.jobs.get(&id).filter(|job| is_question(&job.order)) else {
             return Some(plan);
         };
@@ -73,36 +71,19 @@ impl Controller {
         let request = request(&job.order, part.items, part.ceiling, &part.avoid);
         let nothing = Prefix::default();
         let prefix = self.prompts.get(&id).unwrap_or(&nothing);
-        let mut places: Vec<Candidate> = Vec::with_capacity(1 + plan.alternatives.len());
-        places.push(plan.chosen.clone());
-        places.append(&mut plan.alternatives);
-        let known: BTreeSet<NodeId> = places.iter().map(|place| place.node).collect();
-        let warm = self
-            .hearth
-            .holding(&model.digest)
-            .filter(|node| !known.contains(node));
-        let warm = warm.take(WARM_MAX);
-        places.extend(
-            warm.filter_map(|node| placement::candidate_at(&self.market, &node, &request, &self.policy)),
-        );
-        let seats: Vec<Seat> = places
-            .iter()
-            .map(|place| {
-                let heat = self.hearth.of(&place.node);
-                let loaded = heat.is_some_and(|heat| heat.has_model(&model.digest));
-                Seat {
-                    score: place.score,
-                    duration: place.duration,
-                    units: request.units,
-                    shared: heat.map_or(0, |heat| heat.shared(prefix)),
-                    to_load: if loaded { 0 } else { model.bytes.0 },
-                    busy: place.busy,
-                }
-            })
-            .collect();
-        let chosen = match routing::choose(&seats, age) {
-            Some(Choice::Go(chosen)) => chosen,
-            Some(Choice::Wait(more)) => {
+        let question = Question {
+            request: &request,
+            model: &model,
+            prefix,
+            age,
+        };
+        match routing::route(now.mono, &self.market, &self.hearth, &question, plan) {
+            Route::Go(plan) => {
+                let prefix = prefix.clone();
+                self.hearth.expect(plan.chosen.node, model.digest, &prefix);
+                Some(plan)
+            }
+            Route::Wait(more) => {
                 let at = now.mono.after(more.max(Millis(1)));
                 if let Some(part) = self
                     .jobs
@@ -113,38 +94,8 @@ impl Controller {
                 }
                 // A device that comes free before then is looked at by itself.
                 self.hold_back(at);
-                return None;
+                None
             }
-            None => 0,
-        };
-        let seat = seats.get(chosen)?;
-        let tokens = seat.shared * routing::BLOCK_BYTES / 4;
-        let fresh = |place: &Candidate| {
-            self.hearth
-                .of(&place.node)
-                .is_some_and(|heat| heat.is_fresh(now.mono))
-        };
-        let told = places.get(chosen).is_some_and(fresh);
-        plan.warm = match (tokens, told) {
-            (0, _) if places.len() == 1 => String::new(),
-            (0, _) if prefix.is_empty() && !places.iter().any(fresh) => {
-                "a guess: no node has told lately what it keeps warm".into()
-            }
-            (0, _) => String::new(),
-            (tokens, true) => format!("about {tokens} tokens of its prompt are known there"),
-            (tokens, false) => {
-                format!(
-                    "a guess: about {tokens} tokens of its prompt were sent there, but it has not told lately"
-                )
-            }
-        };
-        let model_digest = model.digest;
-        let prefix = prefix.clone();
-        plan.chosen = places.remove(chosen);
-        places.retain(|place| !place.busy);
-        places.truncate(self.policy.alternatives);
-        plan.alternatives = places;
-        self.hearth.expect(plan.chosen.node, model_digest, &prefix);
-        Some(plan)
+        }
     }
 }

@@ -5,27 +5,47 @@ use super::{Hint, Policy, Request, Requirement};
 use crate::{
     id::{Country, Institution},
     prelude::*,
-    records::{Constraints, Offer, Tier, WorkKind},
+    records::{Constraints, Offer, OwnerPolicy, Tier, WorkKind},
 };
 
+/// All of a node that masks look at.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Face<'a> {
+    pub(super) country: &'a Country,
+    pub(super) institution: &'a Institution,
+    pub(super) terms: &'a OwnerPolicy,
+    pub(super) tier: Tier,
+}
+
+impl<'a> Face<'a> {
+    pub(super) fn of(offer: &'a Offer) -> Self {
+        Self {
+            country: &offer.country,
+            institution: &offer.institution,
+            terms: &offer.terms,
+            tier: Tier::of_offer(&offer.isolation),
+        }
+    }
+}
+
 /// The country is allowed and not excluded.
-pub(super) fn in_country(c: &Constraints, country: &Country) -> bool {
+fn in_country(c: &Constraints, country: &Country) -> bool {
     (c.countries.is_empty() || c.countries.contains(country)) && !c.countries_excluded.contains(country)
 }
 
 /// The institution is allowed and not excluded.
-pub(super) fn of_institution(c: &Constraints, name: &Institution) -> bool {
+fn of_institution(c: &Constraints, name: &Institution) -> bool {
     (c.institutions.is_empty() || c.institutions.contains(name)) && !c.institutions_excluded.contains(name)
 }
 
 /// The first mask that the node fails.
-pub(super) fn fails(offer: &Offer, request: &Request<'_>, policy: &Policy) -> Option<Requirement> {
-    let (c, terms) = (request.constraints, &offer.terms);
-    if !in_country(c, &offer.country) {
+pub(super) fn fails(face: Face<'_>, request: &Request<'_>, policy: &Policy) -> Option<Requirement> {
+    let (c, terms) = (request.constraints, face.terms);
+    if !in_country(c, face.country) {
         Some(Requirement::Country)
-    } else if !of_institution(c, &offer.institution) {
+    } else if !of_institution(c, face.institution) {
         Some(Requirement::Institution)
-    } else if !policy.energy.allows(&offer.country) {
+    } else if !policy.energy.allows(face.country) {
         Some(Requirement::Carbon)
     } else if request.user.is_some_and(|user| !terms.serves(user)) || !terms.does(request.kind) {
         Some(Requirement::Owner)
@@ -33,7 +53,7 @@ pub(super) fn fails(offer: &Offer, request: &Request<'_>, policy: &Policy) -> Op
         Some(Requirement::Data)
     } else if !terms.licensed(&c.licence, request.kind != WorkKind::Noop) {
         Some(Requirement::Licence)
-    } else if c.isolation > Tier::None && Tier::of_offer(&offer.isolation) < c.isolation {
+    } else if face.tier < c.isolation {
         Some(Requirement::Isolation)
     } else {
         None

@@ -52,9 +52,10 @@ impl Matcher {
 
     /// The cheapest place and the next best, or `None` when nothing that could do it is free.
     pub fn place(&self, market: &Market, request: &Request<'_>) -> Option<Plan> {
-        let chosen = self.cheapest(market, request, 1).pop()?;
+        let held = self.held(market, request);
+        let chosen = self.cheapest(market, request, 1, &held).pop()?;
         let policy = market.policy();
-        let mut few = self.cheapest(market, request, policy.alternatives + 1);
+        let mut few = self.cheapest(market, request, policy.alternatives + 1, &held);
         few.retain(|found| found.slot != chosen.slot);
         few.truncate(policy.alternatives);
         let describe = |found: &Found| {
@@ -73,33 +74,40 @@ impl Matcher {
         })
     }
 
-    /// The cheapest places, by exact score.
-    fn cheapest(&self, market: &Market, request: &Request<'_>, many: usize) -> Vec<Found> {
-        let stock = market.stock();
-        let mut found = Vec::new();
+    /// Places on nodes that hold a rare artifact, by exact score, and those nodes.
+    fn held(&self, market: &Market, request: &Request<'_>) -> (Vec<Found>, BTreeSet<u32>) {
         let holders: BTreeSet<u32> = self
             .rare
             .iter()
             .flat_map(|digest| market.holders(digest))
             .collect();
+        let mut found = Vec::new();
         for (_, listing) in holders.iter().filter_map(|handle| market.at(*handle)) {
             if !listing.connected || listing.offer.state != NodeState::Open {
                 continue;
             }
             for shelved in &listing.shelved {
                 if let Some(score) = self.judge(market, request, shelved.slot) {
-                    let at = found.partition_point(|f: &Found| f.score <= score);
-                    found.insert(
-                        at,
-                        Found {
-                            score,
-                            slot: shelved.slot,
-                        },
-                    );
+                    let slot = shelved.slot;
+                    found.push(Found { score, slot });
                 }
             }
         }
-        found.truncate(many);
+        // Equals stay in the order they were found in.
+        found.sort_by_key(|f| f.score);
+        (found, holders)
+    }
+
+    /// The cheapest places, by exact score.
+    fn cheapest(
+        &self,
+        market: &Market,
+        request: &Request<'_>,
+        many: usize,
+        (held, holders): &(Vec<Found>, BTreeSet<u32>),
+    ) -> Vec<Found> {
+        let stock = market.stock();
+        let mut found: Vec<Found> = held.iter().take(many).copied().collect();
         let exact = |slot: SlotId| {
             let place = stock.place(slot)?;
             if holders.contains(&place.node) {
@@ -121,7 +129,7 @@ impl Matcher {
         if place.kind != request.kind
             || listing.free(i) < request.devices
             || request.avoid.contains(node)
-            || mask::fails(&listing.offer, request, market.policy()).is_some()
+            || mask::fails(mask::Face::of(&listing.offer), request, market.policy()).is_some()
         {
             return None;
         }

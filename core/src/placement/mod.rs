@@ -64,6 +64,8 @@ pub struct Request<'a> {
     pub within: Option<Millis>,
     /// Only where hardly any work is lost: no recent failure, and a reclaim of less than [`RISK_PERCENT`].
     pub reliable: bool,
+    /// Somebody waits for it: an hour of that is worth [`Policy::question_rate`].
+    pub waited_for: bool,
 }
 
 /// Nothing is asked for: what a request begins with.
@@ -84,6 +86,7 @@ impl Default for Request<'_> {
             user: None,
             within: None,
             reliable: false,
+            waited_for: false,
             model: None,
         }
     }
@@ -109,6 +112,8 @@ pub struct Policy {
     pub transfer_speed: Bytes,
     /// What a second of a researcher's waiting is worth: breaks ties between prices, and makes free but endless machines lose.
     pub delay_rate: Rate,
+    /// The same for a question, whose answer somebody sits and waits for: what a faster machine may cost more.
+    pub question_rate: Rate,
     /// Each recent failure multiplies the expected cost by this many percent more.
     pub failure_percent: u64,
     /// How many alternatives a plan names.
@@ -121,12 +126,17 @@ pub struct Policy {
     pub energy: Energy,
 }
 
+/// What an hour of waiting for an answer is worth: a tenth of a credit. On a marketplace's prices it buys a fifth off the
+/// longest waits for a few percent of the cost (`llm_route` of the benchmarks).
+pub const QUESTION_RATE: Rate = Rate(100_000);
+
 impl Default for Policy {
     fn default() -> Self {
         Self {
             transfer_speed: Bytes(12_500_000),
             // A hundredth of a credit per hour: far under any real price.
             delay_rate: Rate(10_000),
+            question_rate: QUESTION_RATE,
             failure_percent: 25,
             alternatives: 4,
             checkpoint_interval: Millis(600_000),
@@ -524,7 +534,7 @@ fn judge_classes(
     policy: &Policy,
 ) -> Result<Vec<Candidate>, (Requirement, Hint)> {
     let offer = &listing.offer;
-    if let Some(failed) = mask::fails(offer, request, policy) {
+    if let Some(failed) = mask::fails(mask::Face::of(offer), request, policy) {
         return Err((failed, mask::hint(offer, request, failed)));
     }
     if listing.speed(request.kind).is_none() {

@@ -153,7 +153,10 @@ pub fn quote(
         cost => return lack(Requirement::Budget, cost.map_or(u64::MAX, |c| c.0)),
     };
     let besides = u128::from(running(listing, i, policy).0) + u128::from(shadow.0);
-    let waiting = besides * u128::from(held.0) + u128::from(policy.delay_rate.0) * u128::from(transfer.0);
+    let patience = waited_for(request, policy);
+    let waiting = besides * u128::from(held.0)
+        + u128::from(policy.delay_rate.0) * u128::from(transfer.0)
+        + u128::from(patience.0) * u128::from(duration.saturating_add(transfer).0);
     let plain = u128::from(cost.0) + waiting.div_ceil(HOUR);
     let risky = plain * u128::from(failure_percent(listing.failures, policy));
     let lost = u128::from(listing.hazard()) * u128::from(lost(duration, policy).0);
@@ -164,6 +167,14 @@ pub fn quote(
         duration,
         transfer,
     })
+}
+
+/// What an hour is worth to who waits for it, besides what any delay costs.
+pub(super) fn waited_for(request: &Request<'_>, policy: &Policy) -> Rate {
+    match request.waited_for {
+        true => policy.question_rate,
+        false => Rate::FREE,
+    }
 }
 
 /// The owner of the place hardly ever takes it back within so long, and the last work there was no failure.

@@ -7,14 +7,14 @@
 use super::{
     Policy, Request,
     index::{ClassId, Costs, Index, Level, SlotId},
-    mask::{in_country, of_institution},
+    mask::{self, Face},
     quote,
 };
 use crate::{
     id::{Country, Institution},
     market::Listing,
     prelude::*,
-    records::{NodeState, WorkKind},
+    records::{NodeState, Offer, OwnerPolicy, Tier, WorkKind},
     unit::{Bytes, Rate},
 };
 
@@ -36,6 +36,10 @@ pub struct Signature {
     pub institution: Institution,
     /// Priced at zero.
     pub donated: bool,
+    /// Whom and what the owner serves.
+    pub terms: OwnerPolicy,
+    /// How far its workers are cut off.
+    pub tier: Tier,
     /// Failures since the last success, up to three.
     failures: u8,
     /// Octave of its reclaims.
@@ -70,6 +74,18 @@ pub struct Group {
     pub institution: Institution,
     /// Priced at zero.
     pub donated: bool,
+    /// Whom and what the owner serves.
+    pub terms: OwnerPolicy,
+    /// How far its workers are cut off.
+    pub tier: Tier,
+}
+
+/// What an owner's terms may exclude; who is first among its own is no such thing.
+fn terms_of(offer: &Offer) -> OwnerPolicy {
+    OwnerPolicy {
+        local_first: false,
+        ..offer.terms.clone()
+    }
 }
 
 /// The most groups; later ones share the last, which never has a shadow price.
@@ -153,6 +169,8 @@ impl Stock {
             country: offer.country,
             institution: offer.institution.clone(),
             donated: d.rate == Rate::FREE,
+            terms: terms_of(offer),
+            tier: Tier::of_offer(&offer.isolation),
         };
         if let Some(id) = self.groups.get(&group) {
             return *id;
@@ -287,7 +305,8 @@ impl Stock {
         let devices = request.devices.max(1) as f32;
         let fixed = request.fixed.0 as f32;
         let hour = 3_600_000f32;
-        let fetch = policy.delay_rate.0 as f32 * missing as f32 / hour;
+        let patience = quote::waited_for(request, policy).0 as f32;
+        let fetch = (policy.delay_rate.0 as f32 + patience) * missing as f32 / hour;
         Costs::weighted((0..self.signatures.len()).map(|i| {
             let class = ClassId(i as u32);
             let Some(s) = self.signature(class) else {
@@ -312,7 +331,7 @@ impl Stock {
             };
             let risk = quote::failure_percent(s.failures.into(), policy) as f32 / 100.0
                 * (1.0 + hazard * lost / quote::HAZARD_UNIT as f32);
-            let wanted = self.shadow(self.class_groups[i]).0 as f32 * shortest * devices / hour;
+            let wanted = (self.shadow(self.class_groups[i]).0 as f32 * devices + patience) * shortest / hour;
             let weight = (units + slowest * devices * fixed) / hour;
             ((fetch + wanted) * risk, (weight * risk).max(1e-9))
         }))
@@ -322,9 +341,13 @@ impl Stock {
 /// The masks that a class can answer for all its places.
 fn admits(s: &Signature, request: &Request<'_>, policy: &Policy) -> bool {
     let c = request.constraints;
-    in_country(c, &s.country)
-        && of_institution(c, &s.institution)
-        && policy.energy.allows(&s.country)
+    let face = Face {
+        country: &s.country,
+        institution: &s.institution,
+        terms: &s.terms,
+        tier: s.tier,
+    };
+    mask::fails(face, request, policy).is_none()
         && s.device.starts_with(c.device.as_str())
         && request.runs_on(&s.device)
         && s.memory >= request.memory.max(c.memory)
@@ -352,6 +375,8 @@ fn describe(listing: &Listing, device: usize, kind: WorkKind, policy: &Policy) -
         country: offer.country,
         institution: offer.institution.clone(),
         donated: d.rate == Rate::FREE,
+        terms: terms_of(offer),
+        tier: Tier::of_offer(&offer.isolation),
         failures: listing.failures.min(3) as u8,
         hazard: (u32::BITS - hazard.leading_zeros()) as u8,
         speed: octave_of(speed),

@@ -407,6 +407,7 @@ fn placing_through_the_index_is_placing_by_a_full_scan() {
                         user: (chance.below(2) == 0).then_some(&user),
                         within: (chance.below(3) == 0).then(|| Millis(chance.below(1 << 24))),
                         reliable: chance.below(4) == 0,
+                        waited_for: chance.below(3) == 0,
                     };
                     let (fast, slow) = (
                         place(&market, &request, &policy),

@@ -8,6 +8,7 @@ mod fair;
 mod flows;
 mod frag;
 mod inventory;
+mod llm;
 mod spot;
 
 use inventory::Inventory;
@@ -27,6 +28,7 @@ const BENCHES: &[(&str, Bench)] = &[
     ("fair", fair::fair),
     ("frag", frag::frag),
     ("spot_deadline", spot::spot_deadline),
+    ("llm_route", llm::llm_route),
 ];
 
 fn main() {

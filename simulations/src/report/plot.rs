@@ -99,7 +99,8 @@ impl Plot<'_> {
                 series.colour % 8
             );
         }
-        if self.storm < end * 0.995 {
+        let calm = self.storm < end * 0.995;
+        if calm {
             let at = x(self.storm);
             let _ = write!(
                 out,
@@ -116,6 +117,9 @@ impl Plot<'_> {
                 series.colour % 8,
                 escape(&series.name)
             );
+        }
+        if calm {
+            out.push_str("<span>dotted line: no new jobs from here on</span>");
         }
         out.push_str("</figcaption></figure>");
         out

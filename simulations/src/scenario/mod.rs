@@ -31,11 +31,15 @@ use std::{
     path::{Path, PathBuf},
     sync::Arc,
 };
+use toml::Spanned;
 
 /// The most machines a scenario may have: ten schedulers' markets with room for restarts.
 pub const MACHINES_MAX: usize = 2_000_000;
 /// The most schedulers.
 const SCHEDULERS_MAX: usize = 64;
+/// No device draws more; brown coal in old plants weighs less for a kilowatt-hour.
+const WATTS_MAX: u32 = 100_000;
+const GRAMS_MAX: u32 = 2_000;
 /// A kilowatt-hour about anywhere: credits, and grams of CO2. The means by country of the public tables in `prices`, rounded.
 const USUAL: (f64, f64) = (0.12, 440.0);
 /// The longest scenario.
@@ -101,11 +105,12 @@ pub fn parse(file: &Path, text: &str, data: Option<&Folder>) -> Result<Scenario,
         file: file.to_owned(),
         text: e.to_string().trim_end().to_owned(),
     })?;
-    Reader { file, data }.scenario(parsed)
+    Reader { file, text, data }.scenario(parsed)
 }
 
 struct Reader<'a> {
     file: &'a Path,
+    text: &'a str,
     data: Option<&'a Folder>,
 }
 
@@ -116,6 +121,21 @@ impl Reader<'_> {
             key: key.into(),
             why: why.into(),
         })
+    }
+
+    /// A whole number up to `most`, or where in the file one stands that is not.
+    fn up_to(&self, key: &str, value: &Spanned<u32>, most: u32, unit: &str) -> Result<u32, ScenarioError> {
+        let number = *value.get_ref();
+        if number <= most {
+            return Ok(number);
+        }
+        let before = &self.text[..value.span().start.min(self.text.len())];
+        let line = before.matches('\n').count() + 1;
+        let column = before.chars().rev().take_while(|c| *c != '\n').count() + 1;
+        self.bad(
+            format!("line {line}, column {column}, {key}"),
+            format!("{number} is over {most} {unit}: is it in another unit?"),
+        )
     }
 
     /// A number between bounds, times `unit`, rounded.
@@ -268,12 +288,19 @@ impl Reader<'_> {
         let Some(power) = power else {
             return Ok((policy, String::new()));
         };
-        policy.energy.watts.clone_from(&power.watts);
+        for (class, watts) in &power.watts {
+            let watts = self.up_to(&format!("power.watts.{class}"), watts, WATTS_MAX, "watts")?;
+            policy.energy.watts.insert(class.clone(), watts);
+        }
         policy.energy.carbon_price = self.credits(
             "power.carbon_price_credits_per_kg",
             power.carbon_price_credits_per_kg,
         )?;
-        policy.energy.carbon_max = power.carbon_max_grams;
+        if let Some(grams) = &power.carbon_max_grams {
+            let key = "power.carbon_max_grams";
+            policy.energy.carbon_max =
+                Some(self.up_to(key, grams, GRAMS_MAX, "grams for a kilowatt-hour")?);
+        }
         let tables = match self.data {
             Some(data) => Some((
                 traces::energy::electricity(&data.electricity())?,

@@ -1,6 +1,7 @@
 //! The shape of a scenario file: which keys there are, and what is meant where one is left out.
 use serde::Deserialize;
 use std::collections::BTreeMap;
+use toml::Spanned;
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -78,9 +79,9 @@ pub(super) struct StormFile {
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub(super) struct PowerFile {
-    pub(super) watts: BTreeMap<String, u32>,
+    pub(super) watts: BTreeMap<String, Spanned<u32>>,
     pub(super) carbon_price_credits_per_kg: f64,
-    pub(super) carbon_max_grams: Option<u32>,
+    pub(super) carbon_max_grams: Option<Spanned<u32>>,
 }
 
 #[derive(Debug, Deserialize)]

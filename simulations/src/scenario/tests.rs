@@ -109,6 +109,14 @@ fn impossible_values_are_refused_with_their_key() {
             "w.toml: fault.country: is missing: which country?",
         ),
         (
+            format!("{LEAST}[power]\nwatts = {{ cpu = 90, \"cuda/h100\" = 700000 }}\n"),
+            "w.toml: line 14, column 35, power.watts.cuda/h100: 700000 is over 100000 watts: is it in another unit?",
+        ),
+        (
+            format!("{LEAST}[power]\ncarbon_max_grams = 400000\n"),
+            "w.toml: line 14, column 20, power.carbon_max_grams: 400000 is over 2000 grams for a kilowatt-hour",
+        ),
+        (
             workload("").replace(
                 "pattern = \"steady\", jobs_per_hour = 1.0",
                 "pattern = \"azure-llm\", at_hours = 0.0, gather_seconds = 60, times = 1",

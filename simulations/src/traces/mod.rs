@@ -7,6 +7,7 @@ pub mod availability;
 pub mod azure;
 pub mod energy;
 pub mod latency;
+pub mod market;
 pub mod openb;
 mod table;
 #[cfg(test)]
@@ -52,6 +53,10 @@ impl Folder {
     /// Round trips between countries.
     pub fn latency(&self) -> PathBuf {
         self.0.join("latency/country_rtt.csv.gz")
+    }
+    /// Machines for rent, by GPU and country.
+    pub fn gpu_market(&self) -> PathBuf {
+        self.0.join("prices/gpu_market_offers.csv")
     }
     /// Electricity prices.
     pub fn electricity(&self) -> PathBuf {

@@ -24,6 +24,37 @@ fn refusal<T: std::fmt::Debug>(
 }
 
 #[test]
+fn market_offers_are_read_for_one_gpu_each() {
+    let head = "accelerator,count,total_gpu_mem_mib,price_usd_per_hour,region\n";
+    let (_folder, path) = file("m.csv", &format!("{head}RTX3090,4,98304,0.68,CA\n"));
+    let offer = market::offers(&path).unwrap().remove(0);
+    assert_eq!(
+        (offer.gpus, offer.memory_mib, offer.country.as_str()),
+        (4, 24_576, "CA")
+    );
+    assert!((offer.usd - 0.17).abs() < 1e-9);
+    for (row, expected) in [
+        (
+            "H100,0,1,2,US",
+            "m.csv, line 2, column count: an offer without a GPU",
+        ),
+        (
+            "H100,1,1,-2,US",
+            "m.csv, line 2, column price_usd_per_hour: -2 is not a number of US dollars for an hour from 0 upwards",
+        ),
+        (
+            "H100,1,1,2,us-east",
+            "m.csv, line 2, column region: \"us-east\" is not a code of two capital letters",
+        ),
+    ] {
+        assert_eq!(
+            refusal("m.csv", &format!("{head}{row}\n"), market::offers),
+            expected
+        );
+    }
+}
+
+#[test]
 fn inventories_are_read_or_refused_with_file_line_and_column() {
     let head = "sn,cpu_milli,memory_mib,gpu,model\n";
     let (_folder, path) = file(

@@ -328,3 +328,102 @@ fn an_unknown_speed_breaks_no_deadline_and_is_learnt_from_the_first_job() {
     let speed = bench.c.market.get(&node).unwrap().speed(WorkKind::Embed);
     assert_eq!(speed, Some(Speed(500_000)));
 }
+
+/// Whether a node may run an order at all, by rules written apart from placement's.
+fn may_run(offer: &Offer, order: &Order) -> bool {
+    let (c, terms) = (&order.constraints, &offer.terms);
+    let listed = |yes: &[crate::id::Institution], no: &[crate::id::Institution], name| {
+        (yes.is_empty() || yes.contains(name)) && !no.contains(name)
+    };
+    (c.countries.is_empty() || c.countries.contains(&offer.country))
+        && !c.countries_excluded.contains(&offer.country)
+        && listed(&c.institutions, &c.institutions_excluded, &offer.institution)
+        && listed(
+            &terms.institutions,
+            &terms.institutions_excluded,
+            &order.institution,
+        )
+        && (terms.work.is_empty() || terms.work.contains(&order.work.kind()))
+        && c.data <= terms.data
+        && c.isolation <= Tier::of_offer(&offer.isolation)
+}
+
+#[test]
+fn advice_sends_no_work_to_a_group_that_may_not_run_it() {
+    let worlds = if std::env::var_os("KAREZ_LONG").is_some() {
+        500
+    } else {
+        40
+    };
+    let mut advised = 0;
+    for seed in 0..worlds {
+        let mut state = 0x9e37_79b9_7f4a_7c15u64.wrapping_mul(seed + 1);
+        let mut draw = |end: u64| {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            state % end
+        };
+        let schools = ["uni-nairobi", "usp-brazil", "hanoi"];
+        let mut bench = Bench::new("");
+        for user in schools {
+            bench.admit_of(user, user, Role::User, Credits(1_000_000_000));
+        }
+        let names: Vec<String> = (0..12).map(|i| format!("n{i}")).collect();
+        for name in &names {
+            let mut text = format!("{name}:{}gpu@{}", 1 + draw(3), 1 + draw(5));
+            for words in [
+                [",KE", ",BR", ",FR"],
+                ["", ",iso=seccomp", ",iso=landlock+seccomp"],
+                ["", ",data=personal", ",data=public"],
+                ["", ",only=hanoi", ",never=usp-brazil"],
+            ] {
+                text.push_str(words[draw(3) as usize]);
+            }
+            bench.admit_of("uni-nairobi", name, Role::Node, Credits::ZERO);
+            bench.tell(Event::NodeConnected(node_of(name)));
+            bench.offer(&text);
+        }
+        for nonce in 0..30 {
+            let school = schools[draw(3) as usize];
+            let order = order_of(school, school, nonce, |o| {
+                o.items_per_part = 5;
+                let c = &mut o.constraints;
+                match draw(4) {
+                    0 => c.isolation = [Tier::Seccomp, Tier::LandlockSeccomp][draw(2) as usize],
+                    1 => c.data = [DataClass::Internal, DataClass::Personal][draw(2) as usize],
+                    2 => c.countries = vec!["KE".parse().unwrap()],
+                    _ => {}
+                }
+            });
+            bench.submit(&order);
+        }
+        // All that is held comes free at once, and the slow path is asked about what waits.
+        for name in &names {
+            bench.c.market.give_back(&node_of(name), "gpu", 3);
+        }
+        bench.now += 10_000;
+        bench.c.consult(bench.clock());
+        let Some(guide) = bench.c.guide.clone() else {
+            continue;
+        };
+        for (_, id) in &bench.c.queue {
+            let order = &bench.c.jobs[id].order;
+            let shape = crate::controller::guide::shape_of(order, guide.by_user);
+            for group in guide.quotas.get(&shape).into_iter().flat_map(BTreeMap::keys) {
+                advised += 1;
+                let there = |listing: &crate::market::Listing| listing.groups.contains(group);
+                for (_, listing) in bench.c.market.iter().filter(|(_, listing)| there(listing)) {
+                    assert!(
+                        may_run(&listing.offer, order),
+                        "seed {seed}: {} for {:?} of {}",
+                        listing.offer.name,
+                        order.constraints,
+                        order.institution
+                    );
+                }
+            }
+        }
+    }
+    assert!(advised > worlds, "{advised} pieces of advice in {worlds} worlds");
+}
