@@ -114,7 +114,7 @@ pub(crate) enum Command {
     #[cfg(feature = "engine")]
     #[command(
         hide = true,
-        after_help = "Example:\n  karez tuner     # one question on standard input, one answer on standard output"
+        after_help = "Example:\n  karez tuner     # one question on standard input, one answer back"
     )]
     Tuner,
 }
