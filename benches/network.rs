@@ -51,6 +51,13 @@ fn main() -> Result<()> {
     let dir = tempfile::tempdir()?;
     let home = dir.path().join("home");
     karez(&home, &["up"])?;
+    // One key may not call so often otherwise.
+    karez(&home, &["down"])?;
+    let settings = home.join("up/scheduler/scheduler.toml");
+    let narrow = fs::read_to_string(&settings)?;
+    let wide = narrow.replace("[limits]", "[limits]\ncalls_per_second = 100000");
+    fs::write(&settings, wide)?;
+    karez(&home, &["up"])?;
     let measured = measure(&home, dir.path(), tasks_only);
     karez(&home, &["down"])?;
     let measured = measured?;
@@ -289,7 +296,7 @@ fn order(desk: &Desk, items: u64, items_per_part: u32) -> Result<Vec<u8>> {
         items,
         items_per_part,
         constraints: Constraints::default(),
-        credits_max: Credits(1_000 * items),
+        credits_max: Credits(1_000.max(100 * items)),
         attempts_max: 3,
         nonce: now << 16 | desk.nonce,
         issued_at: UtcMillis(now),

@@ -126,8 +126,8 @@ pub struct Policy {
     pub energy: Energy,
 }
 
-/// What an hour of waiting for an answer is worth: a tenth of a credit. On a marketplace's prices it buys a fifth off the
-/// longest waits for a few percent of the cost (`llm_route` of the benchmarks).
+/// What an hour of waiting for an answer is worth: a tenth of a credit, about what the cheapest GPUs of marketplaces
+/// ask. `llm_route` of the benchmarks shows what it does to costs and waits.
 pub const QUESTION_RATE: Rate = Rate(100_000);
 
 impl Default for Policy {
