@@ -63,7 +63,7 @@ pub(crate) struct FinetuneArgs {
     /// The base model: a Hugging Face directory of the Llama, Qwen2 or Qwen3 family
     #[arg(long, value_name = "DIR")]
     base: Option<PathBuf>,
-    /// What to learn, as JSON lines
+    /// What to learn, as JSON lines or Parquet
     #[arg(long, value_name = "FILE")]
     data: Option<PathBuf>,
     /// The language of lines that name none: sw, pt-BR
@@ -92,6 +92,8 @@ pub(crate) struct FinetuneArgs {
 struct Plan {
     base: PathBuf,
     data: PathBuf,
+    /// Where the data came as Parquet: the lines it was made into, gone with the plan.
+    _lines: Option<tempfile::NamedTempFile>,
     settings: Settings,
     outline: Outline,
     output: Option<PathBuf>,
@@ -202,7 +204,14 @@ fn plan(args: &FinetuneArgs) -> Result<Plan> {
     }
     let settings = Settings::from_json(Value::Object(config)).map_err(refused)?;
     let base = args.base.clone().or(base).ok_or_else(|| missing("--base"))?;
-    let data = args.data.clone().or(data).ok_or_else(|| missing("--data"))?;
+    let given = args.data.clone().or(data).ok_or_else(|| missing("--data"))?;
+    let lines = match crate::parquet::is_parquet(&given) {
+        true => Some(crate::parquet::lines(&given)?),
+        false => None,
+    };
+    let data = lines
+        .as_ref()
+        .map_or(given.clone(), |lines| lines.path().to_owned());
     let spec = Spec {
         base: &base,
         base_digest: "",
@@ -212,7 +221,14 @@ fn plan(args: &FinetuneArgs) -> Result<Plan> {
         language: args.lang.as_deref(),
         threads: 1,
     };
-    let outline = outline(&spec).map_err(refused)?;
+    let outline = outline(&spec).map_err(|error| match error {
+        // Its rows have the numbers of the lines.
+        TrainError::File { path, why } if path == data => refused(TrainError::File { path: given, why }),
+        TrainError::Data { path, faults } if path == data => {
+            refused(TrainError::Data { path: given, faults })
+        }
+        other => refused(other),
+    })?;
     for file in weight_files(&base).map_err(refused)? {
         if !file.is_file() {
             return Err(fault(
@@ -225,6 +241,7 @@ fn plan(args: &FinetuneArgs) -> Result<Plan> {
     Ok(Plan {
         base,
         data,
+        _lines: lines,
         settings,
         outline,
         output,

@@ -41,6 +41,8 @@ mod node;
 mod options;
 mod out;
 mod over;
+#[cfg(feature = "engine")]
+mod parquet;
 mod process;
 mod report;
 mod scheduler;
