@@ -25,6 +25,8 @@ QUESTION = "How should I wash my hands?"
 MODEL = "karez-tiny"
 NODE = "hill-institute"
 MANY = 16
+# What the nodes of `karez up` lend here; the worker alone gets as many.
+THREADS = 1
 
 
 class Worker:
@@ -101,8 +103,8 @@ class Network:
         """The node again, with so many slots, and the memory for them."""
         folder = self.home / "up" / NODE
         settings = (folder / "node.toml").read_text()
-        lines = [f"cpu_slots = {slots}\nmemory = \"12 GiB\"" if line.startswith("cpu_slots") else line
-                 for line in settings.splitlines() if not line.startswith("memory")]
+        lines = [f"cpu_slots = {slots}\nmemory = \"12 GiB\"\nthreads = {THREADS}" if line.startswith("cpu_slots") else line
+                 for line in settings.splitlines() if not line.startswith(("memory", "threads"))]
         (folder / "node.toml").write_text("\n".join(lines) + "\n")
         known = (self.home / "up" / "network.toml").read_text()
         for table in known.split("[[process]]")[1:]:
@@ -241,7 +243,7 @@ def main():
         one = batch(network, args.lines, NODE)
         figures["batch_lines_per_s"] = {"three_nodes_sharing_the_cores": three, "one_node": one}
         network.reopen(MANY)
-        worker = Worker(karez, model, cores)
+        worker = Worker(karez, model, THREADS)
         network.ask(QUESTION, 4), worker.ask(QUESTION, 4)
         direct, through, alone, many, single, whole = [], [], [], [], [], []
         for turn in range(args.turns):
@@ -270,7 +272,7 @@ def main():
     finally:
         network.close()
         shutil.rmtree(home, ignore_errors=True)
-    result = {"figures": figures, "machine": {"cores": cores, "load_before": load, "load_after": os.getloadavg()}}
+    result = {"figures": figures, "machine": {"cores": cores, "threads_of_the_worker": THREADS, "load_before": load, "load_after": os.getloadavg()}}
     pathlib.Path(args.out).write_text(json.dumps(result, indent=1))
     for name, figure in figures.items():
         print(f"{name:28} {json.dumps(figure, default=str)}")

@@ -13,6 +13,9 @@ use serde::{Deserialize, Serialize};
 /// The most leases one report names; a node never holds more.
 pub const HELD_MAX: usize = 1024;
 
+/// Bytes of an input that travels within the ask.
+pub const INPUT_MAX: usize = 16 << 10;
+
 /// Where on the node a lease stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -110,6 +113,11 @@ pub struct LeaseAsk {
     pub holders: Vec<Holder>,
     /// The state to go on from, of work whose parts follow each other; none for its beginning.
     pub from: Option<ArtifactRef>,
+    /// The order's input itself, at most [`INPUT_MAX`] bytes, where the scheduler had it at hand. Its digest is the
+    /// order's; whoever uses it checks that.
+    pub input: Vec<u8>,
+    /// The node's shell found that all artifacts of the part are here, and keeps them. Never said over the wire.
+    pub here: bool,
 }
 
 /// From node to scheduler.

@@ -226,3 +226,32 @@ fn a_full_disk_leaves_no_half_file() {
     assert_eq!(store.used(), Bytes(0));
     assert_eq!(files_below(&dir.path().join("store")), 0);
 }
+
+#[test]
+fn what_the_disk_was_not_waited_for_is_here_until_the_process_ends() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("store");
+    let (gone, kept, made_sure) = (noise(300, 1), noise(20_000, 2), noise(300, 3));
+    let store = open(&path, 1 << 20);
+    let artifacts = [&gone, &kept, &made_sure].map(|bytes| store.add_unsynced(bytes).unwrap());
+    for (artifact, bytes) in artifacts.iter().zip([&gone, &kept, &made_sure]) {
+        assert_eq!(store.read(artifact, Bytes(1 << 20)).unwrap(), *bytes);
+        drop(store.pin(artifact).unwrap());
+    }
+    store.sync(&artifacts[1]).unwrap();
+    store.sync(&artifacts[1]).unwrap();
+    // Whoever adds the same and waits, has it for good.
+    assert_eq!(store.add_bytes(&made_sure).unwrap(), artifacts[2]);
+    drop(store);
+    let store = open(&path, 1 << 20);
+    assert!(!store.contains(&artifacts[0]));
+    for (artifact, bytes) in artifacts.iter().zip([&gone, &kept, &made_sure]).skip(1) {
+        assert_eq!(store.read(artifact, Bytes(1 << 20)).unwrap(), *bytes);
+        store.verify(artifact).unwrap();
+    }
+    // Two blobs and the tree of the larger one: nothing is left of what went.
+    assert_eq!(files_below(&path.join("blobs")), 3);
+    assert_eq!(files_below(&path.join("roots")), 2);
+    store.remove(&artifacts[1]).unwrap();
+    assert_eq!(files_below(&path.join("blobs")), 1);
+}

@@ -285,6 +285,48 @@ async fn pushes_need_leave_and_room_and_resume() {
     assert!(denied.unwrap_err().to_string().contains("does not allow"));
 }
 
+/// Connections outlive a transfer: many at once must not get into each other's way, and one that is gone is not used.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn transfers_follow_each_other_to_a_holder_that_comes_and_goes() {
+    let (near, far) = (Party::new(1), Party::new(2));
+    let blobs: Vec<ArtifactRef> = (0..40)
+        .map(|n| near.store().add_bytes(&noise(5_000, n)).unwrap())
+        .collect();
+    let pushes = blobs
+        .iter()
+        .map(|blob| near.transfers.push(*blob, &far.holder, unwatched()));
+    for pushed in within(futures::future::join_all(pushes)).await {
+        pushed.unwrap();
+    }
+    let Party {
+        transfers,
+        holder,
+        dir,
+    } = far;
+    drop(transfers);
+    // The same party at the same address, in another process as it were.
+    let again = within(async {
+        loop {
+            let store = ArtifactStore::open(dir.path(), Bytes(1 << 30)).unwrap();
+            let secret = SecretKey::from_bytes(&[2; 32]);
+            match Transfers::bind(holder.addrs[0], &secret, store, Arc::new(|_, _| true)) {
+                Ok(transfers) => break transfers,
+                Err(_) => sleep(Duration::from_millis(20)).await,
+            }
+        }
+    })
+    .await;
+    let new = near.store().add_bytes(&noise(5_000, 99)).unwrap();
+    within(near.transfers.push(new, &holder, unwatched()))
+        .await
+        .unwrap();
+    assert!(again.store().contains(&new));
+    let other = again.store().add_bytes(&noise(300_000, 98)).unwrap();
+    within(near.transfers.fetch(&[other], &[holder], unwatched()))
+        .await
+        .unwrap();
+}
+
 fn blob_of(bytes: &[u8]) -> ArtifactRef {
     ArtifactRef {
         digest: Digest::of(bytes),

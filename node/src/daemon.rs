@@ -399,6 +399,10 @@ impl Daemon {
                     ));
                     return;
                 }
+                ToNode::Ask(mut ask) => {
+                    self.take_along(&mut ask);
+                    Event::Heard(scheduler, ToNode::Ask(ask))
+                }
                 said => Event::Heard(scheduler, said),
             },
             Input::Fetched { key, pins, bytes_in } => {

@@ -13,16 +13,16 @@ use crate::{
     tuner::Tuner,
 };
 use karez_core::{
-    artifact::ArtifactRef,
+    artifact::{ArtifactKind, ArtifactRef},
     controller::{Controller, Effect, Event, Reply, RequestId},
-    exchange::ToScheduler,
+    exchange::{INPUT_MAX, ToNode, ToScheduler},
     id::JobId,
     key::{NodeId, PublicKey, SecretKey},
     records::Role,
     routing::Prefix,
     store::Change,
     translate::FromScheduler,
-    unit::{MonoMillis, Now},
+    unit::{Bytes, MonoMillis, Now},
 };
 use karez_ledger::{Op, StoreError, Transaction, Writer};
 use karez_net::store::ArtifactStore;
@@ -351,10 +351,13 @@ impl Loop {
         match effect {
             // Written before.
             Effect::Persist(_) => {}
-            Effect::Send(node, said) => {
+            Effect::Send(node, mut said) => {
                 let Some((_, line)) = self.lines.get(&node) else {
                     return;
                 };
+                if let ToNode::Ask(ask) = &mut said {
+                    ask.input = self.small_input(ask.order.input);
+                }
                 if line.outbox.try_send(Ok(said.into())).is_err() {
                     // The session's own task notices that its line was cut, and says so: then the node is gone.
                     tracing::warn!(node = %node.short(), "reads too slowly or is gone: its session is cut");
@@ -372,6 +375,17 @@ impl Loop {
                 self.shared.watchers.changed(job);
             }
             Effect::Log(text) => tracing::info!("{text}"),
+        }
+    }
+
+    /// An input that is quicker sent along than fetched; it has just been written, so no disk is waited for.
+    fn small_input(&self, input: ArtifactRef) -> Vec<u8> {
+        let max = Bytes(INPUT_MAX as u64);
+        match input.kind {
+            ArtifactKind::Blob if input.bytes <= max => {
+                self.shared.store.read(&input, max).unwrap_or_default()
+            }
+            _ => Vec::new(),
         }
     }
 

@@ -13,7 +13,7 @@ use crate::{
     prelude::*,
     records::{Lease, NodeState, Outcome, Signed, Tier, Usage},
     store::{Change, put},
-    unit::{Millis, Now},
+    unit::{Bytes, Millis, Now},
 };
 use alloc::boxed::Box;
 
@@ -49,6 +49,7 @@ impl Agent {
             );
         }
         let ttl = ask.ttl.min(TTL_MAX);
+        let here = ask.here;
         let rate = self.device(&ask.device_class).map_or(ask.rate, |d| d.rate);
         let lease = Lease {
             job: key.job,
@@ -77,6 +78,7 @@ impl Agent {
             readings: Vec::new(),
             live: Live {
                 expires: now.mono.after(ttl),
+                bytes_in: Bytes(ask.input.len() as u64),
                 ..Live::default()
             },
         };
@@ -87,7 +89,7 @@ impl Agent {
         self.fences.insert((key.job, key.part), seen);
         self.offer_changed = true;
         let fence = put(FENCES, &fence_row(key.job, key.part), &seen);
-        if needs(&holding.order, holding.from).is_empty() {
+        if here || needs(&holding.order, holding.from).is_empty() {
             // Nothing to fetch: the promise and the intent to start go to disk together.
             self.holdings.insert(key, holding);
             out.push(Effect::Persist(vec![fence]));

@@ -176,7 +176,7 @@ impl Holding {
 }
 
 /// The artifacts a part needs on the node before it can start.
-pub(super) fn needs(order: &Order, from: Option<ArtifactRef>) -> Vec<ArtifactRef> {
+pub fn needs(order: &Order, from: Option<ArtifactRef>) -> Vec<ArtifactRef> {
     match &order.work {
         Work::Noop { .. } => Vec::new(),
         work => work.artifacts().chain([order.input]).chain(from).collect(),

@@ -12,7 +12,7 @@ mod tests;
 mod upkeep;
 
 pub use crate::records::OwnerPolicy;
-pub use mind::{Agent, AgentStatus};
+pub use mind::{Agent, AgentStatus, needs};
 
 use crate::{
     artifact::ArtifactRef,

@@ -225,7 +225,29 @@ fn ask_for(order: Verified<Order>, fence: u64) -> LeaseAsk {
         ttl: Millis(15_000),
         holders: Vec::new(),
         from: None,
+        input: Vec::new(),
+        here: false,
     }
+}
+
+#[test]
+fn what_is_all_here_is_started_with_the_promise() {
+    let mut bench = Bench::new();
+    let mut ask = ask_for(order(1, embed), 1);
+    ask.input = b"text".to_vec();
+    assert_eq!(bench.ask(S, ask), "granted, fetch");
+    let mut bench = Bench::new();
+    let mut ask = ask_for(order(1, embed), 1);
+    (ask.input, ask.here) = (b"text".to_vec(), true);
+    let key = ask.key;
+    assert_eq!(bench.ask(S, ask), "granted, start");
+    // As with everything that ran: what became of it is told after a restart, it does not begin again.
+    assert_eq!(brief(&bench.restart()), "");
+    let told = brief(&bench.tell(Event::Connected(scheduler(S))));
+    assert!(
+        told.contains("finished failed") && !told.contains("start"),
+        "{told} {key}"
+    );
 }
 
 fn exited(key: LeaseKey, exit: Exit) -> Event {

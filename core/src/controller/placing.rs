@@ -442,6 +442,8 @@ impl Controller {
             ttl: self.config.lease_ttl,
             holders: self.holders(&job.order),
             from: job.state_for(index),
+            input: Vec::new(),
+            here: false,
         };
         let key = ask.key;
         self.claim(key, &plan, now.mono.after(self.config.ask_timeout), false);

@@ -5,7 +5,8 @@ use super::{
 };
 use crate::{
     exchange::{
-        FinishedLease, HELD_MAX, Held, Holder, LeaseAsk, READINGS_MAX, Refusal, Report, ToNode, ToScheduler,
+        FinishedLease, HELD_MAX, Held, Holder, INPUT_MAX, LeaseAsk, READINGS_MAX, Refusal, Report, ToNode,
+        ToScheduler,
     },
     id::LeaseKey,
     prelude::*,
@@ -436,6 +437,12 @@ impl From<LeaseAsk> for wire::LeaseAsk {
                 .map(Into::into)
                 .collect(),
             from: ask.from.map(Into::into),
+            // Left out, it is fetched.
+            input: if ask.input.len() <= INPUT_MAX {
+                ask.input
+            } else {
+                Vec::new()
+            },
         }
     }
 }
@@ -444,6 +451,7 @@ impl TryFrom<wire::LeaseAsk> for LeaseAsk {
     type Error = TranslateError;
     fn try_from(w: wire::LeaseAsk) -> Result<Self, TranslateError> {
         bounded("ask", "holders", w.holders.len(), HOLDERS_MAX)?;
+        bounded("ask", "input", w.input.len(), INPUT_MAX)?;
         if w.device_class.len() > 64 {
             return Err(field("ask", "device_class", "is over 64 bytes".into()));
         }
@@ -466,6 +474,8 @@ impl TryFrom<wire::LeaseAsk> for LeaseAsk {
                 .from
                 .map(|from| super::artifact("ask", Some(from)))
                 .transpose()?,
+            input: w.input,
+            here: false,
         };
         if ask.order.id() == ask.key.job.0 {
             Ok(ask)

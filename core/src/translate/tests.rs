@@ -229,6 +229,8 @@ fn everything_a_scheduler_says_arrives_as_said() {
             addrs: vec!["127.0.0.1:7402".into()],
         }],
         from: Some(order().input),
+        input: b"{\"prompt\":\"Habari?\"}\n".to_vec(),
+        here: false,
     };
     let renewals = vec![(key, UtcMillis(50), Millis(15_000))];
     for said in [

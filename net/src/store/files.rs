@@ -49,6 +49,15 @@ impl Drop for Held<'_> {
     }
 }
 
+/// When what is added must outlive a power cut.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Lasting {
+    /// Before the call returns.
+    Now,
+    /// Once [`ArtifactStore::sync`] says so.
+    Later,
+}
+
 /// A file in `temp/`, removed when dropped unless it was renamed away.
 pub(super) struct Temp {
     file: File,
@@ -146,6 +155,7 @@ impl ArtifactStore {
     /// Drops an artifact and every file that nothing else wants.
     pub(super) fn forget(&self, state: &mut State, artifact: &ArtifactRef) {
         if let Some(root) = state.roots.remove(artifact) {
+            state.unsynced.remove(artifact);
             // First the name: after a crash in between, the files are orphans and swept at the next start.
             drop(fs::remove_file(self.root_path(artifact, root.complete)));
             for digest in &root.members {
@@ -231,7 +241,12 @@ impl ArtifactStore {
     }
 
     /// Makes an artifact of files that are all here.
-    pub(super) fn commit(&self, artifact: ArtifactRef, members: HashSet<Digest>) -> Result<(), StoreError> {
+    pub(super) fn commit(
+        &self,
+        artifact: ArtifactRef,
+        members: HashSet<Digest>,
+        last: Lasting,
+    ) -> Result<(), StoreError> {
         let mut state = self.state();
         let latest = state.roots.values().map(|root| root.used_at).max().unwrap_or(0);
         if let Some(root) = state.roots.get(&artifact)
@@ -242,7 +257,11 @@ impl ArtifactStore {
             }
             return Ok(());
         }
-        self.write_root(&artifact, true)?;
+        match last {
+            Lasting::Now => self.write_root(&artifact, true)?,
+            // Its files have no name yet: a start finds them without an owner and sweeps them.
+            Lasting::Later => drop(state.unsynced.insert(artifact)),
+        }
         let pins = state.roots.get(&artifact).map_or(0, |root| root.pins);
         if let Some(part) = state.roots.remove(&artifact) {
             drop(fs::remove_file(self.root_path(&artifact, false)));
@@ -287,11 +306,15 @@ impl ArtifactStore {
             &mut |at, pairs| tree.file.write_all_at(pairs, at),
         )
         .map_err(io_error(path))?;
-        let held = self.place(digest, bytes, data, tree, room)?;
+        let held = self.place(digest, bytes, data, tree, room, Lasting::Now)?;
         Ok((digest, bytes, held))
     }
 
-    pub(super) fn take_bytes(&self, bytes: &[u8]) -> Result<(Digest, Held<'_>), StoreError> {
+    pub(super) fn take_bytes(
+        &self,
+        bytes: &[u8],
+        lasting: Lasting,
+    ) -> Result<(Digest, Held<'_>), StoreError> {
         let size = bytes.len() as u64;
         let room = self.reserve(cost(size))?;
         let data = self.temp()?;
@@ -302,11 +325,11 @@ impl ArtifactStore {
             tree.file.write_all_at(pairs, at)
         })
         .map_err(io_error(&tree.path))?;
-        let held = self.place(digest, size, data, tree, room)?;
+        let held = self.place(digest, size, data, tree, room, lasting)?;
         Ok((digest, held))
     }
 
-    /// Syncs and renames a finished file into place.
+    /// Renames a finished file into place.
     pub(super) fn place(
         &self,
         digest: Digest,
@@ -314,14 +337,22 @@ impl ArtifactStore {
         data: Temp,
         tree: Temp,
         room: Room<'_>,
+        lasting: Lasting,
     ) -> Result<Held<'_>, StoreError> {
         let known = self.blob_bytes(&digest).is_some();
+        let has_tree = outboard_bytes(bytes) > 0;
         if !known {
-            data.file
-                .set_permissions(fs::Permissions::from_mode(0o444))
-                .and_then(|()| data.file.sync_all())
-                .and_then(|()| tree.file.sync_all())
-                .map_err(io_error(&data.path))?;
+            let write = || -> io::Result<()> {
+                data.file.set_permissions(fs::Permissions::from_mode(0o444))?;
+                if lasting == Lasting::Now {
+                    data.file.sync_all()?;
+                }
+                if lasting == Lasting::Now && has_tree {
+                    tree.file.sync_all()?;
+                }
+                Ok(())
+            };
+            write().map_err(io_error(&data.path))?;
         }
         let mut state = self.state();
         let here = state.blobs.contains_key(&digest);
@@ -335,21 +366,37 @@ impl ArtifactStore {
             }
             let path = self.blob_path(&digest);
             make_parent(&path)?;
-            if outboard_bytes(bytes) > 0 {
+            if has_tree {
                 let path = self.tree_path(&digest);
                 fs::rename(&tree.path, &path).map_err(io_error(&path))?;
             }
             fs::rename(&data.path, &path).map_err(io_error(&path))?;
-            if let Some(parent) = path.parent() {
+            if let (Lasting::Now, Some(parent)) = (lasting, path.parent()) {
                 sync_dir(parent)?;
             }
             state.blobs.insert(digest, bytes);
             state.used += cost(bytes);
+        } else if lasting == Lasting::Now && state.unsynced.iter().any(|a| a.digest == digest) {
+            self.sync_blob(&digest, bytes)?;
         }
         *state.refs.entry(digest).or_default() += 1;
         drop(state);
         drop(room);
         Ok(Held { store: self, digest })
+    }
+
+    pub(super) fn sync_blob(&self, digest: &Digest, bytes: u64) -> Result<(), StoreError> {
+        let sync = |path: &Path| {
+            File::open(path)
+                .and_then(|file| file.sync_all())
+                .map_err(io_error(path))
+        };
+        let path = self.blob_path(digest);
+        sync(&path)?;
+        if outboard_bytes(bytes) > 0 {
+            sync(&self.tree_path(digest))?;
+        }
+        path.parent().map_or(Ok(()), sync_dir)
     }
 
     pub(super) fn read_blob(&self, digest: &Digest) -> Result<Vec<u8>, StoreError> {

@@ -2,7 +2,7 @@
 use super::{
     ArtifactStore, Pin, State, cost,
     error::{StoreError, io_error},
-    files::{make_parent, members_of, sync_dir},
+    files::{Lasting, make_parent, members_of, sync_dir},
     millis_now,
     partial::Partial,
 };
@@ -116,7 +116,7 @@ impl ArtifactStore {
 
     /// Keeps a small file that arrived whole and verified.
     pub(crate) fn keep_verified(&self, digest: &Digest, bytes: &[u8]) -> Result<(), StoreError> {
-        let (found, held) = self.take_bytes(bytes)?;
+        let (found, held) = self.take_bytes(bytes, Lasting::Now)?;
         debug_assert_eq!(found, *digest);
         // The artifact under way holds its own reference.
         drop(held);

@@ -24,7 +24,7 @@ use crate::{
 };
 pub use error::StoreError;
 use error::io_error;
-use files::{list_files, members_of};
+use files::{Lasting, list_files, members_of};
 pub(crate) use incoming::Served;
 use karez_core::{
     artifact::{ArtifactKind, ArtifactRef},
@@ -101,6 +101,8 @@ struct State {
     /// How many artifacts (and additions under way) want each file.
     refs: HashMap<Digest, u32>,
     roots: HashMap<ArtifactRef, Root>,
+    /// Complete ones that are not yet on disk for good.
+    unsynced: HashSet<ArtifactRef>,
     /// Bytes of blobs and partials with their outboards.
     used: u64,
     /// Bytes promised to additions under way.
@@ -161,22 +163,49 @@ impl ArtifactStore {
             bytes: Bytes(bytes),
             kind: ArtifactKind::Blob,
         };
-        self.commit(artifact, HashSet::from([digest]))?;
+        self.commit(artifact, HashSet::from([digest]), Lasting::Now)?;
         drop(held);
+        self.sync(&artifact)?;
         Ok(artifact)
     }
 
     /// Stores bytes.
     pub fn add_bytes(&self, bytes: &[u8]) -> Result<ArtifactRef, StoreError> {
-        let (digest, held) = self.take_bytes(bytes)?;
+        let artifact = self.add(bytes, Lasting::Now)?;
+        self.sync(&artifact)?;
+        Ok(artifact)
+    }
+
+    /// Stores a few bytes without waiting for the disk: they are here until the process ends or the power fails, and
+    /// from [`ArtifactStore::sync`] on for good.
+    pub fn add_unsynced(&self, bytes: &[u8]) -> Result<ArtifactRef, StoreError> {
+        self.add(bytes, Lasting::Later)
+    }
+
+    fn add(&self, bytes: &[u8], lasting: Lasting) -> Result<ArtifactRef, StoreError> {
+        let (digest, held) = self.take_bytes(bytes, lasting)?;
         let artifact = ArtifactRef {
             digest,
             bytes: Bytes(bytes.len() as u64),
             kind: ArtifactKind::Blob,
         };
-        self.commit(artifact, HashSet::from([digest]))?;
+        self.commit(artifact, HashSet::from([digest]), lasting)?;
         drop(held);
         Ok(artifact)
+    }
+
+    /// Waits until a blob that was added without waiting is on disk. Nothing to do for every other.
+    pub fn sync(&self, artifact: &ArtifactRef) -> Result<(), StoreError> {
+        if !self.state().unsynced.contains(artifact) {
+            return Ok(());
+        }
+        self.sync_blob(&artifact.digest, artifact.bytes.0)?;
+        let mut state = self.state();
+        if state.unsynced.contains(artifact) {
+            self.write_root(artifact, true)?;
+            state.unsynced.remove(artifact);
+        }
+        Ok(())
     }
 
     /// Copies a directory in: all files below it. Symbolic links, sockets and the like are refused, not followed.
@@ -192,14 +221,14 @@ impl ArtifactStore {
             entries.push(ManifestEntry { path, bytes, digest });
         }
         let manifest = Manifest::new(entries)?;
-        let (digest, hold) = self.take_bytes(&manifest.encode())?;
+        let (digest, hold) = self.take_bytes(&manifest.encode(), Lasting::Now)?;
         held.push(hold);
         let artifact = ArtifactRef {
             digest,
             bytes: manifest.total(),
             kind: ArtifactKind::Tree,
         };
-        self.commit(artifact, members_of(digest, &manifest))?;
+        self.commit(artifact, members_of(digest, &manifest), Lasting::Now)?;
         Ok(artifact)
     }
 

@@ -145,6 +145,7 @@ struct Inner {
     secret: SecretKey,
     store: ArtifactStore,
     lossy: Arc<LossyPaths>,
+    open: client::OpenConnections,
 }
 
 impl Drop for Inner {
@@ -171,7 +172,7 @@ impl Transfers {
         let fail = |error| TransferError::Bind { addr, error };
         let socket = socket(addr).map_err(fail)?;
         let endpoint = quinn::Endpoint::new(
-            quinn::EndpointConfig::default(),
+            quinn::EndpointConfig::new(Arc::new(ResetKey::of(secret))),
             Some(server_config(secret, false).map_err(fail)?),
             socket,
             Arc::new(quinn::TokioRuntime),
@@ -193,6 +194,7 @@ impl Transfers {
             secret: secret.clone(),
             store,
             lossy,
+            open: client::OpenConnections::default(),
         };
         Ok(Self {
             inner: Arc::new(inner),
@@ -243,6 +245,42 @@ impl Transfers {
         self.inner.endpoint.close(0u32.into(), b"closing");
         // Peers that do not answer hold nobody up.
         drop(tokio::time::timeout(Duration::from_secs(2), self.inner.endpoint.wait_idle()).await);
+    }
+}
+
+/// The key to the tokens with which a peer disowns connections it no longer knows. It is the same after a restart, so
+/// that whoever still uses a connection to the process before learns at once that it is gone.
+struct ResetKey([u8; 32]);
+
+impl ResetKey {
+    fn of(secret: &SecretKey) -> Self {
+        Self(blake3::derive_key(
+            "karez transfer stateless reset 1",
+            &secret.to_bytes(),
+        ))
+    }
+
+    fn mac(&self, data: &[u8]) -> blake3::Hash {
+        blake3::keyed_hash(&self.0, data)
+    }
+}
+
+impl quinn::crypto::HmacKey for ResetKey {
+    fn sign(&self, data: &[u8], out: &mut [u8]) {
+        out.copy_from_slice(self.mac(data).as_bytes());
+    }
+
+    fn signature_len(&self) -> usize {
+        blake3::OUT_LEN
+    }
+
+    fn verify(&self, data: &[u8], signature: &[u8]) -> Result<(), quinn::crypto::CryptoError> {
+        let found = <[u8; blake3::OUT_LEN]>::try_from(signature).map_err(|_| quinn::crypto::CryptoError)?;
+        // Equality of `blake3::Hash` takes the same time for all values.
+        match self.mac(data) == found {
+            true => Ok(()),
+            false => Err(quinn::crypto::CryptoError),
+        }
     }
 }
 

@@ -19,11 +19,14 @@ use rustls::pki_types::CertificateDer;
 use std::{
     collections::HashMap,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
 };
 use tokio::{sync::Semaphore, task::spawn_blocking, time::timeout};
 
 /// Artifacts that one connection may be leaving here at one time.
 const PUTS_MAX: usize = 16;
+/// How long a connection may do nothing where many are open.
+const CROWDED_IDLE: Duration = Duration::from_secs(1);
 /// Blocks in one run of a put's missing list: 16 MiB.
 const PUT_RUN_BLOCKS: u64 = 64;
 
@@ -52,10 +55,11 @@ impl Server {
                 drop(incoming.retry());
                 continue;
             }
-            let server = server.clone();
+            let (server, pressed) = (server.clone(), open.clone());
             tokio::spawn(async move {
                 let from = incoming.remote_address();
-                if let Err(why) = server.connection(incoming).await {
+                let crowded = || pressed.available_permits() < INCOMING_MAX / 2;
+                if let Err(why) = server.connection(incoming, crowded).await {
                     tracing::debug!(%from, why, "transfer connection ended");
                 }
                 drop(permit);
@@ -63,7 +67,11 @@ impl Server {
         }
     }
 
-    async fn connection(self: Arc<Self>, incoming: Incoming) -> Result<(), String> {
+    async fn connection(
+        self: Arc<Self>,
+        incoming: Incoming,
+        crowded: impl Fn() -> bool,
+    ) -> Result<(), String> {
         let text = |e: &dyn std::fmt::Display| e.to_string();
         let connecting = if self.lossy.contains(incoming.remote_address().ip()) {
             incoming.accept_with(self.careful.clone())
@@ -86,7 +94,15 @@ impl Server {
             server: self,
         });
         loop {
-            let (send, recv) = connection.accept_bi().await.map_err(|e| text(&e))?;
+            let (send, recv) = match timeout(CROWDED_IDLE, connection.accept_bi()).await {
+                Ok(stream) => stream.map_err(|e| text(&e))?,
+                // Callers keep connections for their next transfer, while there are enough.
+                Err(_) if Arc::strong_count(&session) == 1 && crowded() => {
+                    connection.close(0u32.into(), b"idle");
+                    return Ok(());
+                }
+                Err(_) => continue,
+            };
             let session = session.clone();
             // QUIC bounds the streams of a connection, so it bounds these tasks.
             tokio::spawn(async move {

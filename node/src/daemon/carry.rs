@@ -9,9 +9,9 @@ use crate::{
     wait::Backoff,
 };
 use karez_core::{
-    agent::{Effect, Event, Exit, OwnerCommand, WorkerMeters},
+    agent::{Effect, Event, Exit, OwnerCommand, WorkerMeters, needs},
     artifact::ArtifactRef,
-    exchange::{Fetch, Refusal, ToNode, ToScheduler},
+    exchange::{Fetch, LeaseAsk, Refusal, ToNode, ToScheduler},
     id::LeaseKey,
     key::SchedulerId,
     records::{Order, Verified},
@@ -154,7 +154,12 @@ impl Daemon {
     fn carry_out(&mut self, effect: Effect) {
         match effect {
             Effect::Persist(_) => {}
-            Effect::Send(to, message) => self.say(to, message),
+            Effect::Send(to, message) => {
+                if let ToScheduler::Refused { key, .. } = &message {
+                    self.pins.remove(key);
+                }
+                self.say(to, message);
+            }
             Effect::Fetch { key, fetch } => self.fetch(key, fetch),
             Effect::Start {
                 key,
@@ -185,6 +190,29 @@ impl Daemon {
                 self.offers.send_replace(Some(Arc::new(offer.encode())));
             }
             Effect::Log(text) => tracing::info!("{text}"),
+        }
+    }
+
+    /// Stores the input that came with an ask, and keeps what its part needs if all of that is here.
+    pub(super) fn take_along(&mut self, ask: &mut LeaseAsk) {
+        let store = self.tools.artifacts.store();
+        let input = &ask.order.input;
+        if !ask.input.is_empty() {
+            // It dies with the lease, so the disk is not waited for. What cannot be stored is fetched, or says why not.
+            let kept = store.add_unsynced(&ask.input);
+            if kept.is_ok_and(|kept| kept != *input) {
+                tracing::warn!(lease = %ask.key, "the input that came with the ask is another than the order's");
+                ask.input.clear();
+            }
+        }
+        let needs = needs(&ask.order, ask.from);
+        let pins: Vec<_> = needs
+            .iter()
+            .map_while(|artifact| store.pin(artifact).ok())
+            .collect();
+        ask.here = !needs.is_empty() && pins.len() == needs.len();
+        if ask.here && !self.pins.contains_key(&ask.key) {
+            self.pins.insert(ask.key, pins);
         }
     }
 

@@ -336,6 +336,8 @@ impl World {
             ttl: Millis(60_000),
             holders: vec![],
             from: None,
+            input: Vec::new(),
+            here: false,
         };
         self.say(ToNode::Ask(Box::new(ask))).await;
         key

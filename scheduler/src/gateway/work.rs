@@ -10,6 +10,7 @@ use karez_core::{
     translate::UNNAMED_TOKEN,
     unit::{Bytes, Credits, Millis},
 };
+use karez_net::store::StoreError;
 use serde_json::{Map, Value, json, value::RawValue};
 use std::{
     sync::Arc,
@@ -63,17 +64,14 @@ pub(super) async fn submit(
     wishes: &Wishes,
     label: &'static str,
 ) -> Result<Ticket, ApiError> {
+    let failed = |error: StoreError| ApiError::unavailable(format!("the request cannot be stored: {error}"));
+    let lost = || ApiError::server("storing the request failed");
     let store = shared.store.clone();
-    let stored = tokio::task::spawn_blocking(move || store.add_bytes(&lines)).await;
-    let input = match stored {
-        Ok(Ok(input)) => input,
-        Ok(Err(error)) => {
-            return Err(ApiError::unavailable(format!(
-                "the request cannot be stored: {error}"
-            )));
-        }
-        Err(_) => return Err(ApiError::server("storing the request failed")),
-    };
+    let added = tokio::task::spawn_blocking(move || store.add_unsynced(&lines)).await;
+    let input = added.map_err(|_| lost())?.map_err(failed)?;
+    // The disk may take its time while the work is placed: nothing is said to the client before both are done.
+    let store = shared.store.clone();
+    let synced = tokio::task::spawn_blocking(move || store.sync(&input));
     let wanted = Wanted {
         work,
         input,
@@ -82,13 +80,15 @@ pub(super) async fn submit(
         label,
     };
     let job = order(shared, caller, &wanted, wishes).await?;
-    Ok(Ticket {
+    let ticket = Ticket {
         shared: shared.clone(),
         caller: caller.key,
         job,
         over: false,
         deadline: Instant::now() + REQUEST_MAX,
-    })
+    };
+    synced.await.map_err(|_| lost())?.map_err(failed)?;
+    Ok(ticket)
 }
 
 /// What an order is to say, besides who gives it and where it may run.

@@ -9,12 +9,15 @@ use super::{
     wire::{self, Request, Status, StreamError},
 };
 use crate::{store::StoreError, verified::BLOCK_BYTES};
-use karez_core::{artifact::ArtifactRef, unit::Bytes};
+use karez_core::{artifact::ArtifactRef, key::PublicKey, unit::Bytes};
 use quinn::{Connection, RecvStream, SendStream};
 use std::{
     ops::Range,
-    sync::atomic::{AtomicU64, Ordering},
-    time::Duration,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
 };
 use tokio::{task::spawn_blocking, time::timeout};
 
@@ -27,6 +30,10 @@ const UNIT_BLOCKS: u64 = 64;
 const LOSSES_MAX: u32 = 4;
 /// The pause before a lost holder is tried again; each is twice the one before.
 const FIRST_RETRY: Duration = Duration::from_millis(500);
+/// Connections that are kept for the next transfer.
+const OPEN_MAX: usize = 32;
+/// How long one is kept that nobody uses.
+const OPEN_FOR: Duration = Duration::from_secs(20);
 
 /// Why one exchange with one holder failed.
 #[derive(Debug)]
@@ -73,7 +80,69 @@ async fn blocking<T: Send + 'static>(
     })
 }
 
-async fn connect(inner: &Inner, holder: &Holder) -> Result<Connection, Failure> {
+/// Connections that the next transfer may use, one transfer at a time: a handshake costs more than a small file.
+#[derive(Default)]
+pub(super) struct OpenConnections(Mutex<Vec<(PublicKey, Instant, Connection)>>);
+
+impl OpenConnections {
+    fn list(&self) -> MutexGuard<'_, Vec<(PublicKey, Instant, Connection)>> {
+        let mut list = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        // Dropped with its last handle, a connection says goodbye.
+        list.retain(|(_, since, connection)| {
+            connection.close_reason().is_none() && since.elapsed() < OPEN_FOR
+        });
+        list
+    }
+
+    /// One to that holder at one of its addresses, if there is one.
+    fn take(&self, holder: &Holder) -> Option<Connection> {
+        let mut list = self.list();
+        let i = list.iter().position(|(key, _, connection)| {
+            *key == holder.key && holder.addrs.contains(&connection.remote_address())
+        })?;
+        Some(list.swap_remove(i).2)
+    }
+
+    fn give_back(&self, key: PublicKey, connection: Connection) {
+        let mut list = self.list();
+        if list.len() >= OPEN_MAX {
+            let oldest = (0..list.len()).min_by_key(|i| list[*i].1);
+            oldest.map(|i| list.swap_remove(i));
+        }
+        list.push((key, Instant::now(), connection));
+    }
+}
+
+/// A connection in use by one transfer, which leaves it to the next. Who finds it useless closes it.
+struct Lent {
+    inner: Arc<Inner>,
+    key: PublicKey,
+    connection: Connection,
+    /// Nothing was left half done on it.
+    clean: bool,
+}
+
+impl Drop for Lent {
+    fn drop(&mut self) {
+        if !self.clean {
+            self.connection.close(0u32.into(), b"left");
+            return;
+        }
+        self.inner.open.give_back(self.key, self.connection.clone());
+    }
+}
+
+/// A connection to the holder: one that stands, or a new one.
+async fn connect(inner: &Arc<Inner>, holder: &Holder) -> Result<Lent, Failure> {
+    let lent = |connection| Lent {
+        inner: inner.clone(),
+        key: holder.key,
+        connection,
+        clean: true,
+    };
+    if let Some(connection) = inner.open.take(holder) {
+        return Ok(lent(connection));
+    }
     let mut failure = Failure::Useless("it has no address".into());
     for addr in holder.addrs.iter().take(ADDRS_MAX) {
         let bbr = inner.lossy.contains(addr.ip());
@@ -81,7 +150,7 @@ async fn connect(inner: &Inner, holder: &Holder) -> Result<Connection, Failure> 
         let config = config.map_err(|e| Failure::Useless(e.to_string()))?;
         failure = match inner.endpoint.connect_with(config, *addr, "karez") {
             Ok(connecting) => match timeout(CONNECT_MAX, connecting).await {
-                Ok(Ok(connection)) => return Ok(connection),
+                Ok(Ok(connection)) => return Ok(lent(connection)),
                 Ok(Err(error)) if is_tls_refusal(&error) => {
                     Failure::Useless(format!("{addr} does not prove that it is this holder ({error})"))
                 }
@@ -118,7 +187,7 @@ async fn ask_status(connection: &Connection, request: &Request) -> Result<(Statu
 }
 
 pub(super) async fn has(
-    inner: &Inner,
+    inner: &Arc<Inner>,
     artifact: ArtifactRef,
     holder: &Holder,
 ) -> Result<bool, TransferError> {
@@ -127,18 +196,23 @@ pub(super) async fn has(
         artifact,
         why,
     };
-    let connection = match connect(inner, holder).await {
-        Ok(connection) => connection,
+    let lent = match connect(inner, holder).await {
+        Ok(lent) => lent,
         Err(Failure::Lost(why) | Failure::Useless(why)) => return Err(lost(why)),
         Err(Failure::Local(error)) => return Err(error.into()),
         Err(Failure::Reconnect) => return Err(lost("it wants a new connection".into())),
     };
-    match ask_status(&connection, &Request::Has(artifact)).await {
+    match ask_status(&lent.connection, &Request::Has(artifact)).await {
         Ok((Status::Ok, _)) => Ok(true),
         Ok((Status::Missing, _)) => Ok(false),
         Ok((_, why)) => Err(declined(holder, artifact, why)),
-        Err(StreamError::Lost(why)) => Err(lost(why)),
-        Err(StreamError::Malformed(why)) => Err(lost(why.into())),
+        Err(error) => {
+            lent.connection.close(0u32.into(), b"stalled");
+            Err(lost(match error {
+                StreamError::Lost(why) => why,
+                StreamError::Malformed(why) => why.into(),
+            }))
+        }
     }
 }
 

@@ -1,5 +1,5 @@
 //! The holders of one fetch, and how each has done so far.
-use super::{FIRST_RETRY, Failure, LOSSES_MAX, connect};
+use super::{FIRST_RETRY, Failure, LOSSES_MAX, Lent, connect};
 use crate::transfer::{Holder, Inner, TransferError};
 use karez_core::artifact::ArtifactRef;
 use quinn::Connection;
@@ -15,7 +15,7 @@ pub(super) struct Pool {
 pub(super) struct Slot {
     pub(super) holder: Holder,
     state: Mutex<SlotState>,
-    connection: tokio::sync::Mutex<Option<Connection>>,
+    connection: tokio::sync::Mutex<Option<Lent>>,
 }
 
 struct SlotState {
@@ -81,13 +81,16 @@ impl Pool {
                 continue;
             }
             let mut current = slot.connection.lock().await;
-            if current.as_ref().is_none_or(|c| c.close_reason().is_some()) {
+            if current
+                .as_ref()
+                .is_none_or(|lent| lent.connection.close_reason().is_some())
+            {
                 // Another worker may have failed to connect while this one waited.
                 if slot.state().retry_at > Instant::now() || slot.state().useless.is_some() {
                     continue;
                 }
                 match connect(&self.inner, &slot.holder).await {
-                    Ok(connection) => *current = Some(connection),
+                    Ok(lent) => *current = Some(lent),
                     Err(failure) => {
                         *current = None;
                         match failure {
@@ -100,7 +103,7 @@ impl Pool {
                     }
                 }
             }
-            if let Some(connection) = current.clone() {
+            if let Some(connection) = current.as_ref().map(|lent| lent.connection.clone()) {
                 slot.state().busy += 1;
                 return Ok(Turn {
                     slot: slot.clone(),

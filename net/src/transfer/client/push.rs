@@ -49,10 +49,17 @@ pub(in crate::transfer) async fn push(
             .total
             .store(files.iter().map(|(_, b)| b).sum(), Ordering::Relaxed);
         let failure = match connect(inner, to).await {
-            Ok(connection) => match push_over(inner, &connection, artifact, &files, &watch).await {
-                Ok(()) => break,
-                Err(failure) => failure,
-            },
+            Ok(mut lent) => {
+                // The receiver holds what was begun as long as the connection lasts.
+                lent.clean = false;
+                match push_over(inner, &lent.connection, artifact, &files, &watch).await {
+                    Ok(()) => {
+                        lent.clean = true;
+                        break;
+                    }
+                    Err(failure) => failure,
+                }
+            }
             Err(failure) => failure,
         };
         if watch.moved.load(Ordering::Relaxed) > 0 {
