@@ -59,6 +59,10 @@ const BATCH_TEXTS: usize = 32;
 const BATCH_BYTES: usize = 256 << 10;
 /// Batches or prompts handed to the worker beyond those it computes at a time, so that it never waits for the next one.
 const AHEAD: usize = 2;
+/// Answers are told so often at most: nobody reads faster, and a word of its own costs every hop more than it says.
+const PIECE_EVERY: Duration = Duration::from_millis(10);
+/// Bytes of a piece that is not added to any more.
+const PIECE_BYTES: usize = 4 << 10;
 /// Workers that may die under a lease without an item done in between.
 const FALLS_MAX: u32 = 2;
 
@@ -164,6 +168,9 @@ pub(crate) async fn run(job: Job, tools: &Tools, stopped: Stopped, tell: Tell) -
         meters: WorkerMeters::default(),
         told: Instant::now(),
         live_tokens: 0,
+        told_tokens: 0,
+        untold: None,
+        tell_at: tokio::time::Instant::now(),
         energy: tools.energy.clone(),
         span: tools.energy.begin(&job.gpus),
         alive_at: tokio::time::Instant::now(),
@@ -211,6 +218,12 @@ struct Running {
     told: Instant,
     /// Tokens seen of runs that are not done yet.
     live_tokens: u64,
+    /// Tokens of the answer under way that were told.
+    told_tokens: u64,
+    /// What was written since; told together.
+    untold: Option<(Piece, Vec<protocol::TokenLogprob>)>,
+    /// When the next piece may be told.
+    tell_at: tokio::time::Instant,
     energy: Arc<energy::Meters>,
     span: Span,
     /// When it is next said that work goes on.
@@ -314,23 +327,49 @@ impl Running {
         }
     }
 
-    /// Tells a piece of an answer as it is written. One that gets lost is made good by the result.
-    fn stream(&self, item: u64, piece: protocol::Piece) {
-        if !matches!(&self.job.order.work, Work::Generate(g) if g.stream) {
+    /// Tells an answer as it is written: the first piece at once, then what came within [`PIECE_EVERY`] together. What
+    /// gets lost is made good by the result.
+    fn stream(&mut self, item: u64, piece: protocol::Piece) {
+        let wanted = matches!(&self.job.order.work, Work::Generate(g) if g.stream);
+        let ends = self.live_tokens + piece.tokens.len() as u64;
+        // A worker that died begins again; what was told before stands, and pieces must not straddle its end.
+        if !wanted || (ends <= self.told_tokens && !piece.tokens.is_empty()) {
             return;
         }
-        let logprobs = if piece.logprobs.is_empty() {
-            String::new()
-        } else {
-            serde_json::to_string(&piece.logprobs).unwrap_or_default()
+        let first_token = self.live_tokens;
+        let (untold, logprobs) = self.untold.get_or_insert_with(|| {
+            let empty = Piece {
+                item,
+                first_token,
+                ..Piece::default()
+            };
+            (empty, Vec::new())
+        });
+        untold.text.push_str(&piece.text);
+        untold.tokens.extend(piece.tokens);
+        logprobs.extend(piece.logprobs);
+        if untold.text.len() > PIECE_BYTES || tokio::time::Instant::now() >= self.tell_at {
+            self.tell_untold();
+        }
+    }
+
+    fn tell_untold(&mut self) {
+        let Some((mut piece, logprobs)) = self.untold.take() else {
+            return;
         };
-        (self.tell)(Told::Piece(Piece {
-            item,
-            first_token: self.live_tokens,
-            text: piece.text,
-            tokens: piece.tokens,
-            logprobs,
-        }));
+        if !logprobs.is_empty() {
+            piece.logprobs = serde_json::to_string(&logprobs).unwrap_or_default();
+        }
+        self.told_tokens = piece.first_token + piece.tokens.len() as u64;
+        self.tell_at = tokio::time::Instant::now() + PIECE_EVERY;
+        (self.tell)(Told::Piece(piece));
+    }
+
+    /// The answer under way has ended.
+    fn answered(&mut self) {
+        self.tell_untold();
+        self.live_tokens = 0;
+        self.told_tokens = 0;
     }
 
     /// The meters so far, with the energy.
@@ -431,6 +470,7 @@ impl Running {
                     }
                     tracing::warn!(lease = %self.job.key, %why, "the worker died: another one takes over");
                     self.live_tokens = 0;
+                    self.untold = None;
                     flight
                         .into_iter()
                         .rev()
@@ -644,6 +684,10 @@ impl Running {
                 Some((_, Ok(run))) => tokio::select! {
                     event = run.next() => event,
                     () = self.stopped.said() => return Err(Failure::Stopped),
+                    () = tokio::time::sleep_until(self.tell_at), if self.untold.is_some() => {
+                        self.tell_untold();
+                        continue;
+                    }
                     () = tokio::time::sleep_until(self.alive_at) => {
                         self.say_alive(lent.worker().pid());
                         continue;
@@ -661,7 +705,7 @@ impl Running {
                     self.live_tokens += tokens;
                 }
                 Some(Event::Done { output, meters }) => {
-                    self.live_tokens = 0;
+                    self.answered();
                     add(&mut self.meters, &meters);
                     if let Some((batch, _)) = flight.pop_front() {
                         self.results_of(&batch, output, &meters)?;
@@ -672,7 +716,7 @@ impl Running {
                     return Err(Failure::Fell(error.to_string()));
                 }
                 Some(Event::Failed { error, meters }) => {
-                    self.live_tokens = 0;
+                    self.answered();
                     add(&mut self.meters, &meters);
                     let batch = flight.pop_front().map(|(batch, _)| batch).unwrap_or_default();
                     self.refused(&batch, error)?;

@@ -31,7 +31,7 @@ impl Running {
                 }
                 Err(error) => self.refused(&batch, error)?,
             }
-            self.live_tokens = 0;
+            self.answered();
             self.progress();
         }
     }
@@ -63,6 +63,7 @@ impl Running {
                     let mut say = |piece: protocol::Piece| {
                         let tokens = piece.tokens.len() as u64;
                         self.stream(item, piece);
+                        self.tell_untold();
                         self.live_tokens += tokens;
                         self.progress();
                     };
