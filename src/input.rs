@@ -22,6 +22,10 @@ use tempfile::NamedTempFile;
 pub(crate) const TEXT_BYTES_MAX: usize = 64 * 1024;
 /// Bytes of one input line at most, its JSON included.
 const LINE_BYTES_MAX: usize = 8 * TEXT_BYTES_MAX;
+/// The field of a line with what the model is told first.
+pub(crate) const SYSTEM: &str = "system";
+/// Bytes of it at most.
+const SYSTEM_BYTES_MAX: usize = 32 * 1024;
 /// Bytes of the whole input at most.
 const INPUT_BYTES_MAX: u64 = 4 << 30;
 /// Bytes of input kept in memory.
@@ -76,6 +80,31 @@ impl Content {
             Self::Memory(bytes) => store.add_bytes(bytes),
             Self::File(file) => store.add_file(file.path()),
         }
+    }
+}
+
+impl Content {
+    /// The same lines with a system prompt on each that has none of its own; `dir` is where a long input waits.
+    pub(crate) fn told(&self, system: &str, dir: &Path) -> Result<Items> {
+        let mut from: Box<dyn BufRead + '_> = match self {
+            Self::Memory(bytes) => Box::new(bytes.as_slice()),
+            Self::File(file) => Box::new(BufReader::new(file.reopen()?)),
+        };
+        if system.len() > SYSTEM_BYTES_MAX {
+            let why = format!(
+                "the system prompt has {} bytes, the limit is {SYSTEM_BYTES_MAX}: shorten it",
+                system.len()
+            );
+            return Err(fault(Kind::Refused, why));
+        }
+        let mut items = Gathered::new(Field::Any, dir);
+        let mut line = Vec::new();
+        while line_of(&mut from, LINE_BYTES_MAX, &mut line)? {
+            let mut object: Map<String, Value> = serde_json::from_slice(&line)?;
+            object.entry(SYSTEM).or_insert_with(|| system.into());
+            items.push(&|| "the input, with its system prompt".into(), object)?;
+        }
+        items.done("the input")
     }
 }
 
@@ -383,6 +412,21 @@ mod tests {
             Content::Memory(bytes) => bytes.clone(),
             Content::File(file) => fs::read(file.path()).unwrap(),
         }
+    }
+
+    #[test]
+    fn a_system_prompt_goes_with_every_line_that_has_none_of_its_own() {
+        let dir = tempfile::tempdir().unwrap();
+        let lines = b"{\"prompt\":\"a\"}\n{\"prompt\":\"b\",\"system\":\"own\"}\n";
+        let items = read_field(lines, Field::Prompt).unwrap();
+        let told = items.content().told("be brief", dir.path()).unwrap();
+        assert_eq!(told.count, 2);
+        let told = String::from_utf8(bytes(&told)).unwrap();
+        let system = |line: &str| serde_json::from_str::<Value>(line).unwrap()["system"].clone();
+        assert_eq!(told.lines().map(system).collect::<Vec<_>>(), ["be brief", "own"]);
+        let long = "x".repeat(SYSTEM_BYTES_MAX + 1);
+        let error = items.content().told(&long, dir.path()).unwrap_err();
+        assert!(error.to_string().contains("32769 bytes"), "{error}");
     }
 
     #[test]

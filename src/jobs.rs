@@ -256,10 +256,12 @@ pub(crate) fn print_explanation(context: &Context, reply: &wire::ExplainReply) {
         } else {
             format!(" on {} in {}", part.node_name, part.country)
         };
-        let why = if part.cause.is_empty() {
-            &part.why
-        } else {
+        // While it waits, what it waits for; once it has a place, why that one, whatever has happened there since.
+        let waits = part.state == "queued" && !part.cause.is_empty();
+        let why = if waits || part.why.is_empty() {
             &part.cause
+        } else {
+            &part.why
         };
         for line in wrap(
             &format!("part {} {}{place}: {}", part.part, part.state, clean(why)),

@@ -3,7 +3,7 @@ use crate::{
     fault::{Kind, fault},
     follow,
     home::Home,
-    input::{Field, Items, line_of},
+    input::{Field, Items, SYSTEM, line_of},
     link::{Artifacts, Link, call},
     options::JobOptions,
     out::{Out, plural},
@@ -133,8 +133,7 @@ fn is_near(wanted: &str, known: &str) -> bool {
 pub(crate) async fn explain(home: &Home, link: &Link, task: &Task) -> Result<wire::ExplainReply> {
     let artifacts = link.artifacts(home).await?;
     let (work, licence) = work(None, link, &artifacts, &task.what).await?;
-    let (store, content) = (artifacts.store.clone(), task.items.content());
-    let input = tokio::task::spawn_blocking(move || content.store(&store)).await??;
+    let input = stored(home, &artifacts, task).await?;
     let order = order(link, work, &licence, input, task)?;
     let request = wire::ExplainRequest {
         job: String::new(),
@@ -147,8 +146,7 @@ pub(crate) async fn explain(home: &Home, link: &Link, task: &Task) -> Result<wir
 pub(crate) async fn submit(out: &Out, home: &Home, link: Link, task: &Task) -> Result<Running> {
     let artifacts = link.artifacts(home).await?;
     let (work, licence) = work(Some(out), &link, &artifacts, &task.what).await?;
-    let (store, content) = (artifacts.store.clone(), task.items.content());
-    let input = tokio::task::spawn_blocking(move || content.store(&store)).await??;
+    let input = stored(home, &artifacts, task).await?;
     artifacts.push(out, "the input", input).await?;
     let order = order(&link, work, &licence, input, task)?;
     let job = JobId(order.id());
@@ -179,6 +177,27 @@ pub(crate) async fn submit(out: &Out, home: &Home, link: Link, task: &Task) -> R
         artifacts,
         input,
     })
+}
+
+/// The input, in this machine's store. A system prompt goes with its lines: an order is kept in the books by everybody, and
+/// holds no more of a prompt than the input's digest.
+async fn stored(home: &Home, artifacts: &Artifacts, task: &Task) -> Result<ArtifactRef> {
+    let (store, content, dir) = (
+        artifacts.store.clone(),
+        task.items.content(),
+        home.dir().to_owned(),
+    );
+    let system = match &task.what {
+        What::Generate { sampling, .. } if !sampling.raw => sampling.system.clone(),
+        _ => String::new(),
+    };
+    let kept = tokio::task::spawn_blocking(move || -> Result<ArtifactRef> {
+        match system.as_str() {
+            "" => Ok(content.store(&store)?),
+            system => Ok(content.told(system, &dir)?.content().store(&store)?),
+        }
+    });
+    kept.await?
 }
 
 /// The work of an order, and the licence of its model. With `out`, what lies on this machine is sent along.
@@ -221,7 +240,6 @@ async fn work(out: Option<&Out>, link: &Link, artifacts: &Artifacts, what: &What
                 top_p_milli: s.top_p_milli,
                 seed: s.seed,
                 raw: s.raw,
-                system: s.system.clone(),
                 stream: s.stream,
                 keep_going: s.keep_going,
                 ..Generate::greedy(artifact, name, s.max_tokens)
@@ -392,7 +410,10 @@ fn merge(
             }
             // An input line need not be an object; then the result stands alone.
             let asked: Map<String, Value> = serde_json::from_slice(&asked).unwrap_or_default();
-            let asked = asked.iter().filter(|(key, _)| !result.contains_key(*key));
+            // What every line was told beforehand is not repeated in every answer.
+            let asked = asked
+                .iter()
+                .filter(|(key, _)| !result.contains_key(*key) && *key != SYSTEM);
             // For people: first which item, then what was asked, then what came of it.
             let (names, rest): (Vec<_>, Vec<_>) = result
                 .iter()

@@ -114,6 +114,10 @@ fn check(
         threads: 1,
     };
     let outline = trainer::outline(&spec)?;
+    // The store's name for the data says nothing to whoever sent it.
+    let here = data.display().to_string();
+    let named = data.file_name().unwrap_or_default().to_string_lossy();
+    let plain = |notice: &String| notice.replace(&here, "the data").replace(&*named, "the data");
     Ok(Outline {
         settings: settings.canonical(),
         steps: outline.steps as u64,
@@ -122,14 +126,16 @@ fn check(
         examples: outline.examples as u64,
         held_out: outline.held_out as u64,
         epochs: settings.num_epochs as u64,
-        notices: outline.notices,
+        notices: outline.notices.iter().map(plain).collect(),
     })
 }
 
 fn progress(checkpoint: &Path) -> Result<Progress, TrainError> {
     let bytes = read(checkpoint)?;
     let state = state_of(&bytes)?;
-    let looks = state.looks.iter().map(|look| (look.step as u64, look.loss()));
+    // Where nothing was held out, there was nothing to see.
+    let looks = state.looks.iter().filter(|look| !look.languages.is_empty());
+    let looks = looks.map(|look| (look.step as u64, look.loss()));
     Ok(Progress {
         losses: losses_of(&bytes)?,
         held_out: looks.collect(),

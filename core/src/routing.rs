@@ -67,7 +67,11 @@ impl Prefix {
     }
 }
 
-/// A prompt as one text, the same on schedulers and nodes: who says what, in order. Only its beginning is looked at.
+/// Who says what stands in a prompt of the tools that a model may call: templates put them first.
+pub const TOOLS: &str = "tools";
+
+/// A prompt as one text, the same on schedulers and nodes: the tools as compact JSON, said by [`TOOLS`], where there are
+/// any; then who says what, in order. Only its beginning is looked at.
 pub fn text_of<'a>(turns: impl Iterator<Item = (&'a str, &'a str)>) -> String {
     let mut text = String::new();
     for (role, said) in turns {

@@ -1,11 +1,11 @@
 //! How a question's prompt begins, for routing: read from the one line of its input.
 use karez_core::{
     records::{Generate, Order, Work},
-    routing::{Prefix, text_of},
+    routing::{Prefix, TOOLS, text_of},
     unit::Bytes,
 };
 use karez_net::store::ArtifactStore;
-use serde_json::Value;
+use serde_json::{Value, value::RawValue};
 
 /// Longer inputs are not read for this.
 const INPUT_MAX: Bytes = Bytes(1 << 20);
@@ -22,14 +22,26 @@ pub(crate) fn prefix(store: &ArtifactStore, order: &Order) -> Prefix {
         return Prefix::default();
     };
     match serde_json::from_slice(&line) {
-        Ok(line) => Prefix::of(&g.model.digest, &text(g, &line)),
+        Ok(parsed) => Prefix::of(&g.model.digest, &text(g, &parsed, tools(&line).as_deref())),
         Err(_) => Prefix::default(),
     }
 }
 
+/// The tools of a line as they stand in it: in another order they would be another prompt.
+fn tools(line: &[u8]) -> Option<String> {
+    #[derive(serde::Deserialize)]
+    struct Tools<'a> {
+        #[serde(borrow)]
+        tools: Option<&'a RawValue>,
+    }
+    let tools = serde_json::from_slice::<Tools<'_>>(line).ok()?.tools?.get();
+    (tools.starts_with('[') && tools != "[]").then(|| tools.to_owned())
+}
+
 /// As the node will see it: see `karez_node::runner`.
-fn text(g: &Generate, line: &Value) -> String {
-    let system = Some(g.system.as_str()).filter(|system| !system.is_empty());
+fn text(g: &Generate, line: &Value, tools: Option<&str>) -> String {
+    let told = line.get("system").and_then(Value::as_str).unwrap_or(&g.system);
+    let system = Some(told).filter(|system| !system.is_empty());
     let prompt = line
         .as_str()
         .or_else(|| line.get("prompt").and_then(Value::as_str));
@@ -64,9 +76,11 @@ fn text(g: &Generate, line: &Value) -> String {
         .collect();
     let own = turns.first().is_some_and(|(role, _)| *role == "system");
     let first = system.filter(|_| !own).map(|s| ("system", s));
+    let tools = tools.map(|tools| (TOOLS, tools));
     text_of(
-        first
+        tools
             .into_iter()
+            .chain(first)
             .chain(turns.iter().map(|(role, said)| (*role, said.as_str()))),
     )
 }
@@ -86,6 +100,8 @@ mod tests {
         };
         let user = json!([{"role": "user", "content": "hi"}]);
         let parts = json!([{"role": "user", "content": [{"type": "text", "text": "hi"}]}]);
+        let text =
+            |g: &Generate, line: &Value| super::text(g, line, tools(line.to_string().as_bytes()).as_deref());
         let want = text(&plain, &json!("hi"));
         for line in [
             json!({"prompt": "hi"}),
@@ -99,6 +115,16 @@ mod tests {
             text(&told, &json!({"prompt": "hi"})),
             text(&plain, &json!({ "messages": system }))
         );
+        // A line's own word comes before the order's.
+        assert_eq!(
+            text(&plain, &json!({"prompt": "hi", "system": "be brief"})),
+            text(&told, &json!("hi"))
+        );
+        // Tools stand before everything, as templates write them; none are none.
+        let armed = |tools: Value| text(&plain, &json!({"messages": user, "tools": tools}));
+        assert_eq!(armed(json!([])), want);
+        assert_ne!(armed(json!([{"type": "function"}])), want);
+        assert!(armed(json!([{"type": "function"}])).starts_with("tools"));
         assert_ne!(text(&told, &json!("hi")), want);
     }
 }

@@ -1,5 +1,6 @@
 //! Questions whose worker hangs or breaks down: asked again elsewhere, or there, without anybody waiting long.
 use crate::net::{Net, signal};
+use base64::{Engine as _, prelude::BASE64_STANDARD};
 use rustix::process::Signal;
 use serde_json::Value;
 use std::{
@@ -35,6 +36,73 @@ fn ask(net: &Net, more: &[&str]) -> (String, String) {
         .unwrap()
         .to_owned();
     (last["text"].as_str().unwrap().to_owned(), by)
+}
+
+/// Every text in it that is base64, decoded.
+fn decoded(value: &Value, out: &mut Vec<Vec<u8>>) {
+    match value {
+        Value::String(text) => out.extend(BASE64_STANDARD.decode(text)),
+        Value::Array(all) => all.iter().for_each(|value| decoded(value, out)),
+        Value::Object(all) => all.values().for_each(|value| decoded(value, out)),
+        _ => {}
+    }
+}
+
+#[test]
+fn a_system_prompt_stays_out_of_the_books() {
+    let net = Net::up();
+    let told = "Answer like somebody from Zwetschgenkuchen would.";
+    let read = |more: &[&str]| {
+        let ask = [
+            "generate",
+            "--json",
+            "--max-tokens",
+            "4",
+            "How should I wash my hands?",
+        ];
+        let answer = net.run(&[&ask[..], more].concat()).ok().json();
+        assert!(!answer.to_string().contains("Zwetschgen"), "{answer}");
+        answer["report"]["meters"]["tokens_in"].as_u64().unwrap()
+    };
+    // The model was told.
+    assert!(read(&["--system", told]) > read(&[]) + 5);
+    let streamed = net.run(&[
+        "generate",
+        "--stream",
+        "--system",
+        told,
+        "--max-tokens",
+        "4",
+        "Why?",
+    ]);
+    streamed.ok();
+    // Why a question went where it went is told by both who tell of it.
+    let asked = net
+        .run(&["generate", "--json", "--max-tokens", "4", "Why?"])
+        .ok()
+        .json();
+    let id = asked["report"]["job"].as_str().unwrap();
+    let job = net.job(id);
+    let why = job["parts"][0]["why"].as_str().unwrap();
+    let said = net.run(&["job", "explain", id]).ok().out;
+    let said = said.split_whitespace().collect::<Vec<_>>().join(" ");
+    assert!(
+        !why.is_empty() && said.contains(why),
+        "{why:?} is not in {said:?}"
+    );
+    // Orders stand in the books, and it in none of them.
+    let mut records = Vec::new();
+    for line in net.verified_ledger() {
+        decoded(&line, &mut records);
+    }
+    let holds = |what: &[u8]| {
+        records
+            .iter()
+            .filter(|record| record.windows(what.len()).any(|part| part == what))
+            .count()
+    };
+    assert!(holds(b"karez-tiny") >= 3, "{} records", records.len());
+    assert_eq!(holds(b"Zwetschgen"), 0);
 }
 
 #[test]

@@ -119,6 +119,84 @@ fn a_node_lends_what_another_server_computes() {
     net.verified_ledger();
 }
 
+#[test]
+fn prompts_as_they_stand_and_vectors_come_from_a_server_too() {
+    let Some(minilm) = std::env::var("KAREZ_TEST_MINILM")
+        .ok()
+        .filter(|dir| !dir.is_empty())
+    else {
+        println!("skipped: KAREZ_TEST_MINILM names no encoder");
+        return;
+    };
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let far = Net::up();
+    let gguf = root.join("engine/models/karez-tiny.gguf");
+    for (path, name) in [
+        (gguf.to_str().unwrap(), "far-tiny"),
+        (minilm.as_str(), "far-vectors"),
+    ] {
+        far.run(&["artifact", "add", path, "--model", name]).ok();
+    }
+    let key = far
+        .run(&["key", "new", "--name", "server", "--budget", "5", "--json"])
+        .ok()
+        .json();
+    let mut net = Net::up();
+    let secret = net.file("server.key", key["api_key"].as_str().unwrap());
+    let settings = format!(
+        "[server]\nurl = {:?}\nmodels = [\"far-tiny\", \"far-vectors\"]\nkey_file = {secret:?}\n",
+        key["base_url"].as_str().unwrap()
+    );
+    front(&mut net, "hill-institute", "0", &settings, "far-vectors");
+    let texts = net.file(
+        "texts.txt",
+        "Rain fills the channel.\nShe sold her bicycle.\nWater\n",
+    );
+    let vectors = |net: &Net, name: &str| -> Vec<Vec<f64>> {
+        let to = net.path(name);
+        net.run(&[
+            "embed",
+            &texts,
+            "--model",
+            "far-vectors",
+            "-o",
+            to.to_str().unwrap(),
+        ])
+        .ok();
+        let lines = fs::read_to_string(to).unwrap();
+        let vector = |line: &str| serde_json::from_str::<Value>(line).unwrap()["embedding"].clone();
+        lines
+            .lines()
+            .map(|line| serde_json::from_value(vector(line)).unwrap())
+            .collect()
+    };
+    let (theirs, ours) = (vectors(&far, "theirs.jsonl"), vectors(&net, "ours.jsonl"));
+    assert_eq!(ours.len(), 3);
+    for (a, b) in theirs.iter().flatten().zip(ours.iter().flatten()) {
+        assert!((a - b).abs() < 1e-6, "{a} {b}");
+    }
+    let ask = [
+        "generate",
+        "--raw",
+        "--model",
+        "far-tiny",
+        "--json",
+        "--max-tokens",
+        "12",
+        "Water",
+    ];
+    let (theirs, ours) = (far.run(&ask).ok().json(), net.run(&ask).ok().json());
+    assert_eq!(ours["answers"][0]["text"], theirs["answers"][0]["text"], "{ours}");
+    assert_eq!(
+        ours["report"]["meters"]["tokens_out"],
+        theirs["report"]["meters"]["tokens_out"]
+    );
+    let methods = methods(&net);
+    assert!(methods.len() >= 2, "{methods:?}");
+    assert!(methods.iter().all(|m| m == "wall+server-usage/1"), "{methods:?}");
+    net.verified_ledger();
+}
+
 /// How a server misbehaves.
 #[derive(Clone, Copy, PartialEq)]
 enum Way {

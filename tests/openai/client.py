@@ -230,6 +230,7 @@ def tuning(base):
     """A base model is taught, asked, and forgotten; what is wrong is said before anything is trained."""
     jobs = client.fine_tuning.jobs
     lines = list(lessons())
+    lines.append(lines[0])
     file = client.files.create(file=("lessons.jsonl", "".join(lines).encode()), purpose="fine-tune")
     assert file.purpose == "fine-tune"
     broken = lines[:2] + ['{"messages": 7}\n'] + lines[3:]
@@ -283,6 +284,7 @@ def tuning(base):
     # Its course: every step once, the losses falling, the latest event first.
     events = list(jobs.list_events(job.id, limit=7))
     assert len({event.id for event in events}) == len(events) > steps, events
+    assert any("repeated" in event.message and "the data" in event.message for event in events), events
     assert "is ready" in events[0].message, events[0]
     assert [e.created_at for e in events] == sorted((e.created_at for e in events), reverse=True)
     course = [event.data for event in reversed(events) if event.type == "metrics"]

@@ -22,6 +22,8 @@ pub(super) struct Item {
     /// Copied to the result.
     pub(super) id: Option<Json>,
     pub(super) asked: Asked,
+    /// What the model is told first, instead of what the order says.
+    pub(super) system: Option<String>,
     pub(super) wishes: Wishes,
     /// Length of its line.
     pub(super) bytes: usize,
@@ -106,6 +108,7 @@ fn read(
                 index,
                 id: id_of(&line),
                 asked: Asked::Unreadable(format!("the line {why}")),
+                system: None,
                 wishes: Wishes::default(),
                 bytes: line.len(),
             },
@@ -144,8 +147,8 @@ fn parse(line: &[u8], work: &Work, index: u64) -> Result<Item, String> {
         format!("is not JSON: {}", why.split(" at line").next().unwrap_or(&why))
     })?;
     let misshapen = || format!("has the wrong shape: expected {wanted}");
-    let (id, asked, wishes) = match &line_json {
-        Json::Text(text) => (None, Asked::Text(text.clone()), Wishes::default()),
+    let (id, asked, system, wishes) = match &line_json {
+        Json::Text(text) => (None, Asked::Text(text.clone()), None, Wishes::default()),
         Json::Object(_) => {
             let of = |name| field::<String>(&line_json, name);
             let asked = if !generate {
@@ -165,8 +168,9 @@ fn parse(line: &[u8], work: &Work, index: u64) -> Result<Item, String> {
             } else {
                 Wishes::default()
             };
+            let system = if generate { of("system")? } else { None };
             let id = line_json.get("id").filter(|id| **id != Json::Null);
-            (id.cloned(), asked, wishes)
+            (id.cloned(), asked, system, wishes)
         }
         _ => return Err(misshapen()),
     };
@@ -174,6 +178,7 @@ fn parse(line: &[u8], work: &Work, index: u64) -> Result<Item, String> {
         index,
         id,
         asked,
+        system,
         wishes,
         bytes: line.len(),
     })

@@ -25,7 +25,7 @@ use karez_core::{
     artifact::ArtifactRef,
     id::LeaseKey,
     records::{Generate, Order, Verified, Work},
-    routing::{Prefix, text_of},
+    routing::{Prefix, TOOLS, text_of},
     translate::Piece,
     unit::{Bytes, Millis},
 };
@@ -775,7 +775,8 @@ impl Running {
     fn work_of(&self, batch: &[Item]) -> Result<protocol::Work, EngineError> {
         Ok(match (&self.job.order.work, batch) {
             (Work::Generate(g), [item, ..]) => {
-                let system = Some(g.system.clone()).filter(|s| !s.is_empty());
+                let system = item.system.clone().or_else(|| Some(g.system.clone()));
+                let system = system.filter(|s| !s.is_empty());
                 let prompt = match &item.asked {
                     Asked::Unreadable(why) => return Err(bad_input(why.clone())),
                     Asked::Text(text) if g.raw => Prompt::Raw { text: text.clone() },
@@ -850,8 +851,10 @@ fn prefix_of(prompt: &Prompt, model: Option<&ArtifactRef>) -> Prefix {
             let system = system.iter().map(|text| ("system", text.as_str()));
             text_of(system.chain([("user", text.as_str())]))
         }
-        Prompt::Chat { messages, .. } => {
-            text_of(messages.iter().map(|m| (m.role.as_str(), m.content.as_str())))
+        Prompt::Chat { messages, tools } => {
+            let tools = (!tools.is_empty()).then(|| serde_json::to_string(tools).unwrap_or_default());
+            let tools = tools.iter().map(|tools| (TOOLS, tools.as_str()));
+            text_of(tools.chain(messages.iter().map(|m| (m.role.as_str(), m.content.as_str()))))
         }
     };
     model.map_or_else(Prefix::default, |model| Prefix::of(&model.digest, &text))
