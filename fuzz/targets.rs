@@ -3,27 +3,36 @@
 //! `cargo +nightly fuzz run entry` (from the repository's root) runs one without end; `ledger/tests/fuzz.rs` runs all of
 //! them for a moment in every `make test`, longer with `KAREZ_LONG=1`.
 #![allow(dead_code, clippy::unwrap_used, missing_docs, unreachable_pub)]
-use karez_core::records::{
-    Acceptance, CreditLimit, Delegation, Dispute, Grant, Invitation, Lease, MeterReading, Offer, Order,
-    Payment, RateCard, Receipt, Record, Ruling, Signed, Usage, describe, is_canonical, to_check,
+use karez_core::{
+    id::Digest,
+    records::{
+        Acceptance, CreditLimit, Delegation, Dispute, Grant, Invitation, Lease, MeterReading, Offer, Order,
+        Payment, RateCard, Receipt, Record, Ruling, Signed, Usage, describe, is_canonical, to_check,
+    },
 };
 use karez_ledger::{
     Entry, Proof, VerifyOptions, compare,
     head::{Head, read_heads},
+    inside,
+    journal::Journal,
     note::Note,
     verify,
 };
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// A name and what takes bytes.
 pub type Target = (&'static str, fn(&[u8]));
 
 /// Every target.
-pub const ALL: [Target; 5] = [
+pub const ALL: [Target; 8] = [
     ("record", record),
     ("entry", entry),
     ("note", note),
     ("proof", proof),
     ("export", export),
+    ("journal", journal),
+    ("change", change),
+    ("book", book),
 ];
 
 /// An envelope of any type.
@@ -46,7 +55,7 @@ pub fn record(bytes: &[u8]) {
     if is_canonical(bytes) {
         let (_, id, signer) = describe(bytes).expect("a canonical envelope can be described");
         let checked = to_check(bytes).expect("and checked");
-        assert_eq!((checked.id, checked.signer), (id, signer));
+        assert_eq!((Digest::of(&checked.message), checked.signer), (id, signer));
     }
 }
 
@@ -122,4 +131,65 @@ pub fn export(mut bytes: &[u8]) {
         assert_eq!(summary.tree_head.size, summary.entries);
     }
     let _ = compare(&mut &*whole, &mut &*whole);
+}
+
+/// A whole journal: what is read of it is its beginning, frame by frame, and reading it again gives the same.
+pub fn journal(bytes: &[u8]) {
+    static NUMBER: AtomicU64 = AtomicU64::new(0);
+    let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+    let path = std::env::temp_dir().join(format!("karez-fuzz-{}-{number}", std::process::id()));
+    std::fs::write(&path, bytes).unwrap();
+    let read = || {
+        let mut again = Vec::new();
+        let opened = Journal::open(&path, &mut |frame| {
+            assert_eq!(frame.offset, again.len() as u64, "frames leave no gap");
+            inside::frame(&mut again, frame.number, &frame.payload);
+            Ok(())
+        });
+        let (journal, scan) = opened.unwrap();
+        (again, scan, journal.bytes())
+    };
+    let (frames, scan, length) = read();
+    assert!(bytes.starts_with(&frames), "a frame has one spelling");
+    match (scan.torn, scan.damage) {
+        (None, None) => assert_eq!(frames.len(), bytes.len()),
+        (Some(torn), None) => {
+            assert_eq!((torn.offset, length), (frames.len() as u64, frames.len() as u64));
+            assert_eq!(torn.offset + torn.bytes, bytes.len() as u64);
+        }
+        (None, Some(damage)) => {
+            assert_eq!((damage.offset, length), (frames.len() as u64, bytes.len() as u64));
+        }
+        both => panic!("{both:?}"),
+    }
+    let (again, twice, _) = read();
+    assert_eq!(again, frames);
+    assert_eq!(
+        (twice.torn, twice.damage),
+        (None, scan.damage),
+        "nothing is cut twice"
+    );
+    std::fs::remove_file(&path).unwrap();
+}
+
+/// What a frame of the journal holds.
+pub fn change(bytes: &[u8]) {
+    if let Some(again) = inside::change(bytes) {
+        // The one field that says less than its byte could: whether there is a scheduler.
+        assert_eq!(inside::change(&again), Some(again.clone()));
+        assert_eq!(again.len(), bytes.len());
+    }
+}
+
+/// The state of a book beside its journal.
+pub fn book(bytes: &[u8]) {
+    let Some(book) = inside::book(bytes) else {
+        return;
+    };
+    let written = inside::book_bytes(&book).expect("it has a scheduler");
+    assert_eq!(
+        inside::book(&written),
+        Some(book),
+        "what is written is what is read"
+    );
 }

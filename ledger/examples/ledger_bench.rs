@@ -11,7 +11,10 @@
 mod common;
 
 use common::{AT, Part, grant, order, reserve, scheduler, scheduler_secret};
-use karez_core::{money::Posting, records::to_check};
+use karez_core::{
+    money::Posting,
+    records::{Receipt, SignatureCheck, Signed, Strict, to_check},
+};
 use karez_ledger::{
     Checker, Exporter, Op, Options, Transaction, VerifyOptions, Writer, examine, examine_by, verify,
 };
@@ -80,6 +83,10 @@ async fn commits(dir: &Path, writers: u64, each: u64) -> (Value, u64) {
     }
     let result = figures(times, start.elapsed());
     let journal = std::fs::metadata(dir.join("journal-000001")).map_or(0, |m| m.len());
+    assert!(
+        journal > 0,
+        "the journal was compacted: its length no longer tells what a commit takes"
+    );
     (result, journal / (writers * each))
 }
 
@@ -199,7 +206,8 @@ fn ledger(receipts: u64) -> Ledger {
     }
 }
 
-/// What one core checks, one receipt by itself and many together.
+/// What one core checks, each by itself and many together: receipts with the whole trail they rest on (the last in a
+/// settlement's evidence, after order, lease, reading and usage), and the receipts' own records.
 fn receipts(count: u64) -> Value {
     let thread = rustix::time::ClockId::ThreadCPUTime;
     let settlements: Vec<Posting> = ledger(count)
@@ -212,7 +220,7 @@ fn receipts(count: u64) -> Value {
     let alone = 1_000.0 / (cpu(thread) - start);
     let mut checker = Checker::default();
     let start = cpu(thread);
-    for batch in settlements.chunks(768) {
+    for batch in settlements.chunks(1536) {
         let records = batch.iter().flat_map(|p| &p.evidence);
         checker.take(records.filter_map(|bytes| to_check(bytes)));
         for posting in batch {
@@ -220,7 +228,24 @@ fn receipts(count: u64) -> Value {
         }
     }
     let together = count as f64 / (cpu(thread) - start);
+    // The receipts without what they rest on: one signature and one record each.
+    let alone_of = |count: usize, by: &dyn SignatureCheck| {
+        let start = cpu(thread);
+        for posting in settlements.iter().take(count) {
+            let last = posting.evidence.last().unwrap();
+            Signed::<Receipt>::decode(last).unwrap().verify_by(by).unwrap();
+        }
+        cpu(thread) - start
+    };
+    let record_alone = 5_000.0 / alone_of(5_000, &Strict);
+    let mut checker = Checker::default();
+    let start = cpu(thread);
+    let last = settlements.iter().filter_map(|p| to_check(p.evidence.last()?));
+    checker.take(last);
+    let record_together = count as f64 / (cpu(thread) - start + alone_of(settlements.len(), &checker));
     json!({
+        "record_alone_per_core_second": record_alone.round(),
+        "record_together_per_core_second": record_together.round(),
         "records_per_receipt": 5,
         "alone_per_core_second": alone.round(),
         "together_per_core_second": together.round(),

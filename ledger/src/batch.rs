@@ -19,12 +19,12 @@ use curve25519_dalek::{
     traits::{Identity, IsIdentity, VartimeMultiscalarMul},
 };
 use karez_core::{
-    id::RecordId,
+    id::{Digest, RecordId},
     key::{KeyError, PublicKey},
-    records::{SignatureCheck, ToCheck},
+    records::{SignatureCheck, Strict, ToCheck},
 };
 use sha2::{Digest as _, Sha512};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 /// Fewer than this are quicker one by one.
 pub(crate) const TOGETHER_MIN: usize = 64;
@@ -33,14 +33,27 @@ const KEYS_MAX: usize = 200_000;
 /// Bytes of each random number whose bits choose halves: eight rounds a byte.
 const HALVES_BYTES: usize = 4;
 
-/// What was found to hold: asks for a signature again cost a look-up, and any other is checked by itself.
+/// What was found to hold: asking for a signature again costs a look-up, and any other is checked by itself.
 #[derive(Default)]
 pub struct Checker {
     keys: HashMap<PublicKey, Option<EdwardsPoint>>,
-    holds: HashMap<RecordId, (PublicKey, [u8; 64])>,
+    holds: HashMap<[u8; 64], Held>,
     /// The batch before: orders come again with each of their parts.
-    before: HashMap<RecordId, (PublicKey, [u8; 64])>,
+    before: HashMap<[u8; 64], Held>,
     random: Option<blake3::OutputReader>,
+}
+
+/// What a signature that holds is for.
+struct Held {
+    id: RecordId,
+    signer: PublicKey,
+    message: Vec<u8>,
+}
+
+impl Held {
+    fn is(&self, signer: &PublicKey, message: &[u8]) -> bool {
+        self.signer == *signer && self.message == message
+    }
 }
 
 impl std::fmt::Debug for Checker {
@@ -54,24 +67,36 @@ impl Checker {
     /// others: [`SignatureCheck::check`] says what is wrong with each.
     pub fn take(&mut self, items: impl IntoIterator<Item = ToCheck>) {
         self.before = std::mem::take(&mut self.holds);
-        let mut unknown = HashMap::new();
+        let mut known = HashSet::new();
+        let mut unknown = Vec::new();
         for item in items {
-            if self.known(&item.id, &item.signer, &item.signature) {
-                self.holds.insert(item.id, (item.signer, item.signature));
-            } else {
-                unknown.insert(item.id, item);
+            if self.known(&item.signer, &item.message, &item.signature).is_some() {
+                if let Some(held) = self.before.remove(&item.signature) {
+                    self.holds.insert(item.signature, held);
+                }
+            } else if known.insert(item.signature) {
+                unknown.push(item);
             }
         }
-        let unknown: Vec<ToCheck> = unknown.into_values().collect();
         if unknown.len() >= TOGETHER_MIN && self.hold_together(&unknown) == Some(true) {
-            let each = unknown.into_iter().map(|i| (i.id, (i.signer, i.signature)));
-            self.holds.extend(each);
+            self.holds.extend(unknown.into_iter().map(|item| {
+                let held = Held {
+                    id: Digest::of(&item.message),
+                    signer: item.signer,
+                    message: item.message,
+                };
+                (item.signature, held)
+            }));
         }
     }
 
-    fn known(&self, id: &RecordId, signer: &PublicKey, signature: &[u8; 64]) -> bool {
-        let matches = |(by, bytes): &(PublicKey, [u8; 64])| by == signer && bytes == signature;
-        self.holds.get(id).is_some_and(matches) || self.before.get(id).is_some_and(matches)
+    /// The id of a record whose signature was found to hold.
+    fn known(&self, signer: &PublicKey, message: &[u8], signature: &[u8; 64]) -> Option<RecordId> {
+        let found = |held: &HashMap<[u8; 64], Held>| {
+            let held = held.get(signature).filter(|held| held.is(signer, message));
+            held.map(|held| held.id)
+        };
+        found(&self.holds).or_else(|| found(&self.before))
     }
 
     /// The point of a key, when signatures under it may be summed up.
@@ -149,17 +174,11 @@ impl Checker {
 }
 
 impl SignatureCheck for Checker {
-    fn check(
-        &self,
-        id: &RecordId,
-        signer: &PublicKey,
-        message: &[u8],
-        signature: &[u8; 64],
-    ) -> Result<(), KeyError> {
-        if self.known(id, signer, signature) {
-            return Ok(());
+    fn check(&self, signer: &PublicKey, message: &[u8], signature: &[u8; 64]) -> Result<RecordId, KeyError> {
+        match self.known(signer, message, signature) {
+            Some(id) => Ok(id),
+            None => Strict.check(signer, message, signature),
         }
-        signer.verify(message, signature)
     }
 }
 
@@ -202,10 +221,7 @@ fn free_of_torsion(points: &[EdwardsPoint], randoms: &[[u8; 16]]) -> bool {
 mod tests {
     use super::*;
     use curve25519_dalek::constants::EIGHT_TORSION;
-    use karez_core::{
-        id::Digest,
-        key::{SecretKey, sign},
-    };
+    use karez_core::key::{SecretKey, sign};
 
     fn items(count: u32) -> Vec<ToCheck> {
         (0..count)
@@ -213,7 +229,6 @@ mod tests {
                 let secret = SecretKey::from_bytes(&[(n % 7) as u8 + 1; 32]);
                 let message = format!("record {n}").into_bytes();
                 ToCheck {
-                    id: Digest::of(&message),
                     signer: PublicKey::of(&secret),
                     signature: sign(&secret, &message),
                     message,
@@ -274,7 +289,6 @@ mod tests {
             signature[..32].copy_from_slice(&shifted);
             signature[32..].copy_from_slice((nonce + h * scalar).as_bytes());
             let item = ToCheck {
-                id: Digest::of(&message),
                 signer,
                 message,
                 signature,
@@ -284,7 +298,7 @@ mod tests {
             assert_eq!(together(&all), Some(false));
             let mut checker = Checker::default();
             checker.take(all);
-            let answer = checker.check(&item.id, &item.signer, &item.message, &item.signature);
+            let answer = checker.check(&item.signer, &item.message, &item.signature);
             assert_eq!(answer, Err(KeyError::Signature));
         }
     }
@@ -296,9 +310,31 @@ mod tests {
         checker.take(all.clone());
         assert_eq!(checker.holds.len(), 100);
         let (first, other) = (&all[0], &all[1]);
-        let check =
-            |item: &ToCheck, signature| checker.check(&item.id, &item.signer, &item.message, signature);
-        assert_eq!(check(first, &first.signature), Ok(()));
-        assert_eq!(check(first, &other.signature), Err(KeyError::Signature));
+        let check = |signer, message: &[u8], signature| checker.check(&signer, message, &signature);
+        let id = Digest::of(&first.message);
+        assert_eq!(check(first.signer, &first.message, first.signature), Ok(id));
+        let wrong = Err(KeyError::Signature);
+        assert_eq!(check(first.signer, &first.message, other.signature), wrong);
+        assert_eq!(check(first.signer, &other.message, first.signature), wrong);
+        assert_eq!(check(other.signer, &first.message, first.signature), wrong);
+    }
+
+    #[test]
+    fn it_remembers_the_batch_before_and_no_more() {
+        let all = items(300);
+        let mut checker = Checker::default();
+        checker.take(all[..100].to_vec());
+        // The first ten come again, twice.
+        checker.take([&all[100..200], &all[..10], &all[..10]].concat());
+        assert_eq!((checker.holds.len(), checker.before.len()), (110, 90));
+        checker.take(all[200..].to_vec());
+        assert_eq!((checker.holds.len(), checker.before.len()), (100, 110));
+        for item in &all {
+            let id = Digest::of(&item.message);
+            assert_eq!(
+                checker.check(&item.signer, &item.message, &item.signature),
+                Ok(id)
+            );
+        }
     }
 }

@@ -466,10 +466,13 @@ pub(crate) fn kind_byte(kind: PostingKind) -> u8 {
 impl Entry {
     /// The hash that the next entry names.
     pub fn hash(&self) -> Digest {
-        let digest = self
-            .dropped
-            .unwrap_or_else(|| evidence_digest(&self.posting.evidence));
-        self.hash_by(&digest)
+        self.hash_by(&self.evidence_digest())
+    }
+
+    /// The digest of the records, or what took their place.
+    pub(crate) fn evidence_digest(&self) -> Digest {
+        self.dropped
+            .unwrap_or_else(|| evidence_digest(&self.posting.evidence))
     }
 
     /// The same, when the digest of the records is known.

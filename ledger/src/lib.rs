@@ -15,6 +15,8 @@ mod derived;
 pub mod evidence;
 pub mod export;
 pub mod head;
+#[doc(hidden)]
+pub mod inside;
 pub mod journal;
 pub mod note;
 mod recovery;

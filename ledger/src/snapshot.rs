@@ -71,7 +71,7 @@ fn number(out: &mut Vec<u8>, n: u64) {
     out.extend_from_slice(&n.to_be_bytes());
 }
 
-fn encode(book: &Book) -> Option<Vec<u8>> {
+pub(crate) fn encode(book: &Book) -> Option<Vec<u8>> {
     let (accounts, trail, tree) = (book.accounts(), book.trail(), book.tree());
     let mut out = Vec::with_capacity(1024 + trail.leases.len() * 24 + trail.marks.len() * 16);
     out.extend_from_slice(&book.scheduler()?.0.0);
@@ -154,7 +154,7 @@ impl Reader<'_> {
     }
 }
 
-fn decode(state: &[u8]) -> Option<Book> {
+pub(crate) fn decode(state: &[u8]) -> Option<Book> {
     let mut from = Reader(Cursor::new(state));
     let scheduler = SchedulerId(PublicKey(from.array()?));
     let head = from.digest()?;

@@ -6,7 +6,9 @@ mod common;
 mod targets;
 
 use common::*;
-use karez_ledger::{Book, Entry, Head, Proof, export};
+use karez_ledger::{
+    Book, Entry, Head, Op, Options, Proof, Transaction, Writer, export, inside, journal::Journal,
+};
 
 struct Rng(u64);
 
@@ -44,7 +46,7 @@ impl Rng {
 }
 
 /// For each target, bytes that it takes.
-fn seeds() -> [Vec<Vec<u8>>; 5] {
+fn seeds() -> [Vec<Vec<u8>>; 8] {
     let mut book = Book::new(scheduler());
     let entries: Vec<Entry> = all_kinds(1)
         .into_iter()
@@ -82,7 +84,54 @@ fn seeds() -> [Vec<Vec<u8>>; 5] {
         vec![head.to_string().into_bytes(), Vec::new()],
         vec![proof.to_string().into_bytes()],
         exports,
+        vec![journal(), Vec::new()],
+        payloads(),
+        vec![
+            inside::book_bytes(&book).unwrap(),
+            inside::book_bytes(&first).unwrap(),
+        ],
     ]
+}
+
+/// What a writer leaves: the base of a generation, rows, transactions.
+fn journal() -> Vec<u8> {
+    let dir = tempfile::tempdir().unwrap();
+    let options = Options {
+        scheduler: Some(scheduler()),
+        ..Options::default()
+    };
+    let key = |n: u8| ("fuzz", vec![n; 3]);
+    for round in 0..2 {
+        let (writer, _) = Writer::open(dir.path(), options.clone()).unwrap();
+        for n in 0..3 {
+            let (table, row) = key(n);
+            let mut ops = vec![Op::Put {
+                table,
+                key: row,
+                value: vec![round; 40],
+            }];
+            if n == 1 {
+                let (table, key) = key(0);
+                ops.push(Op::Delete { table, key });
+            }
+            ops.push(Op::Post(grant(n, 7), AT));
+            writer.commit_blocking(Transaction { ops }).unwrap();
+        }
+    }
+    std::fs::read(dir.path().join("journal-000001")).unwrap()
+}
+
+fn payloads() -> Vec<Vec<u8>> {
+    let path = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(path.path(), journal()).unwrap();
+    let mut out = Vec::new();
+    Journal::open(path.path(), &mut |frame| {
+        out.push(frame.payload);
+        Ok(())
+    })
+    .unwrap();
+    assert!(out.len() > 6, "a base, and every transaction");
+    out
 }
 
 #[test]

@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used)]
 mod common;
 use common::*;
-use karez_ledger::{Book, Entry, Fault, VerifyOptions, export, verify};
+use karez_ledger::{Book, Entry, Fault, FaultKind, VerifyOptions, export, export::LINE_BYTES_MAX, verify};
 use std::sync::LazyLock;
 
 fn export_of(postings: Vec<karez_core::money::Posting>) -> Vec<u8> {
@@ -20,6 +20,19 @@ static WHOLE: LazyLock<Vec<u8>> = LazyLock::new(|| export_of(all_kinds(1)));
 
 fn check(file: &[u8]) -> Result<(), Fault> {
     verify(&mut &*file, &VerifyOptions::default()).map(drop)
+}
+
+/// A line without an end is named where it stands, not where the lines that are checked with it begin.
+#[test]
+fn an_endless_line_is_named_where_it_stands() {
+    let mut lines: Vec<Vec<u8>> = WHOLE
+        .split_inclusive(|b| *b == b'\n')
+        .map(<[u8]>::to_vec)
+        .collect();
+    lines[4] = vec![b'x'; LINE_BYTES_MAX + 2];
+    let fault = check(&lines.concat()).unwrap_err();
+    assert_eq!((fault.line, fault.entry), (5, Some(3)), "{fault}");
+    assert!(matches!(*fault.kind, FaultKind::TooLong { .. }), "{fault}");
 }
 
 /// A small generator, so that a failing case is found again by its number.

@@ -2,11 +2,11 @@
 #![allow(clippy::unwrap_used)]
 mod common;
 use common::*;
-use karez_core::id::Institution;
+use karez_core::{id::Institution, unit::UtcMillis};
 use karez_ledger::{
     Book, Entry, Summary, VerifyOptions, export,
     note::Note,
-    report::{Form, FormWriter, Month, Pseudonyms, Statement, StatementBuilder},
+    report::{Form, FormWriter, Month, Pseudonyms, StandingBuilder, Statement, StatementBuilder},
     verify_each,
 };
 use std::{path::PathBuf, process::Command};
@@ -84,6 +84,62 @@ fn a_statement_is_signed_and_any_change_shows() {
     let forged = Note::parse(std::str::from_utf8(&forged).unwrap()).unwrap();
     assert!(ours.is_signed(&forged, &scheduler().0).is_err());
     assert_eq!(ours.csv().lines().count(), 1 + ours.lent.len() + ours.used.len());
+}
+
+/// What happens after a month changes nothing of how it ended.
+#[test]
+fn a_standing_is_as_of_the_months_end() {
+    let later = UtcMillis(month().end().0 + 1);
+    let standing = |posts_later: bool| {
+        let mut book = Book::new(scheduler());
+        let mut entries: Vec<Entry> = all_kinds(4)
+            .into_iter()
+            .map(|p| book.append(AT, p).unwrap())
+            .collect();
+        if posts_later {
+            let next = order(1, 777, 2_000);
+            let part = Part::of(&next, 0, 1);
+            for posting in [
+                grant(1, 2_000),
+                limit("uni-nairobi", 5_000_000, later.0),
+                payment("uni-nairobi", "uni-0", 70, 99),
+                reserve(&next, 2_000),
+                part.settle(),
+            ] {
+                entries.push(book.append(later, posting).unwrap());
+            }
+        }
+        let mut out = Vec::new();
+        let created = UtcMillis(later.0 + 1);
+        export(
+            &mut out,
+            &scheduler_secret(),
+            created,
+            entries.into_iter().map(Ok),
+        )
+        .unwrap();
+        let of = |month: Month| {
+            let mut builder = StandingBuilder::new(month, "any-one".parse().unwrap());
+            let take = &mut |entry: &Entry| builder.take(entry).map_err(std::io::Error::other);
+            let summary = verify_each(&mut out.as_slice(), &VerifyOptions::default(), take).unwrap();
+            let standing = builder.finish(&summary);
+            let positions: Vec<_> = standing
+                .netting
+                .positions()
+                .map(|(name, net)| (name.clone(), net, standing.accounts.limit(name)))
+                .collect();
+            let accounts: Vec<_> = standing.accounts.iter().map(|(a, n)| (a.clone(), n)).collect();
+            (standing.at, positions, accounts)
+        };
+        (of(month()), of(Month::of(later)), book)
+    };
+    let (then, _, _) = standing(false);
+    let (still, after, book) = standing(true);
+    assert_eq!(still, then);
+    assert_eq!(still.0, UtcMillis(month().end().0 - 1));
+    assert_ne!(after, still);
+    let whole: Vec<_> = book.accounts().iter().map(|(a, n)| (a.clone(), n)).collect();
+    assert_eq!(after.2, whole, "the last month ends as the book does");
 }
 
 fn form(form: Form) -> (String, u64) {

@@ -107,14 +107,8 @@ pub struct Verified<T> {
 /// Decides whether signatures hold: [`Strict`] looks at each by itself, a verifier of many may have looked at them
 /// together before. Whoever says yes without having checked breaks everything that relies on [`Verified`].
 pub trait SignatureCheck {
-    /// Did `signer` sign `message`, the bytes that give `id`?
-    fn check(
-        &self,
-        id: &RecordId,
-        signer: &PublicKey,
-        message: &[u8],
-        signature: &[u8; 64],
-    ) -> Result<(), KeyError>;
+    /// Did `signer` sign `message`? Gives the record's id, the digest of `message`, which may be known already.
+    fn check(&self, signer: &PublicKey, message: &[u8], signature: &[u8; 64]) -> Result<RecordId, KeyError>;
 }
 
 /// Each signature by itself, by [`PublicKey::verify`].
@@ -122,25 +116,18 @@ pub trait SignatureCheck {
 pub struct Strict;
 
 impl SignatureCheck for Strict {
-    fn check(
-        &self,
-        _: &RecordId,
-        signer: &PublicKey,
-        message: &[u8],
-        signature: &[u8; 64],
-    ) -> Result<(), KeyError> {
-        signer.verify(message, signature)
+    fn check(&self, signer: &PublicKey, message: &[u8], signature: &[u8; 64]) -> Result<RecordId, KeyError> {
+        signer.verify(message, signature)?;
+        Ok(Digest::of(message))
     }
 }
 
 /// What an envelope's signature is about, for those who check many at once.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ToCheck {
-    /// The record's id: the digest of `message`.
-    pub id: RecordId,
     /// Who is said to have signed.
     pub signer: PublicKey,
-    /// What was signed.
+    /// What was signed: its digest is the record's id.
     pub message: Vec<u8>,
     /// The signature.
     pub signature: [u8; 64],
@@ -150,12 +137,10 @@ pub struct ToCheck {
 /// in the one right way.
 pub fn to_check(envelope: &[u8]) -> Option<ToCheck> {
     let parts = Parts::read(envelope)?;
-    let message = to_be_signed(parts.kind, parts.payload);
     Some(ToCheck {
-        id: Digest::of(&message),
         signer: PublicKey(*parts.signer),
         signature: *parts.signature,
-        message,
+        message: to_be_signed(parts.kind, parts.payload),
     })
 }
 
@@ -339,13 +324,12 @@ impl<T: Record> Signed<T> {
     /// As [`Signed::verify`], with another way to check the signature.
     pub fn verify_by(self, by: &dyn SignatureCheck) -> Result<Verified<T>, RecordError> {
         let message = to_be_signed(T::TYPE, &self.payload);
-        let id = Digest::of(&message);
-        by.check(&id, &self.signer, &message, &self.signature)
-            .map_err(|error| RecordError::Signature {
-                record: T::TYPE,
-                signer: self.signer.short(),
-                error,
-            })?;
+        let checked = by.check(&self.signer, &message, &self.signature);
+        let id = checked.map_err(|error| RecordError::Signature {
+            record: T::TYPE,
+            signer: self.signer.short(),
+            error,
+        })?;
         let decoded = T::Wire::decode(self.payload.as_slice()).map_err(|e| RecordError::Malformed {
             record: T::TYPE,
             why: e.to_string(),

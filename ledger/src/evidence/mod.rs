@@ -219,6 +219,17 @@ pub fn examine_by(
     scheduler: SchedulerId,
     by: &dyn SignatureCheck,
 ) -> Result<Examined, EvidenceError> {
+    let evidence = evidence_digest(&posting.evidence);
+    examine_digested(posting, scheduler, by, evidence)
+}
+
+/// The same when the digest of the evidence is known.
+pub(crate) fn examine_digested(
+    posting: Posting,
+    scheduler: SchedulerId,
+    by: &dyn SignatureCheck,
+    evidence: Digest,
+) -> Result<Examined, EvidenceError> {
     let claim = match posting.kind {
         PostingKind::Grant => fund::grant(&posting, scheduler, by)?,
         PostingKind::Reserve => fund::reserve(&posting, scheduler, by)?,
@@ -235,7 +246,7 @@ pub fn examine_by(
     Ok(Examined {
         scheduler,
         gist: gist::of(&claim),
-        evidence: evidence_digest(&posting.evidence),
+        evidence,
         posting,
         claim,
         dropped: false,
@@ -270,8 +281,8 @@ pub(crate) fn examine_dropped(
 pub(crate) fn recall(entry: &Entry, scheduler: SchedulerId) -> Result<Examined, EvidenceError> {
     struct Before;
     impl SignatureCheck for Before {
-        fn check(&self, _: &RecordId, _: &PublicKey, _: &[u8], _: &[u8; 64]) -> Result<(), KeyError> {
-            Ok(())
+        fn check(&self, _: &PublicKey, message: &[u8], _: &[u8; 64]) -> Result<RecordId, KeyError> {
+            Ok(Digest::of(message))
         }
     }
     match entry.dropped {

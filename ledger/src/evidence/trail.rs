@@ -12,14 +12,21 @@ use karez_core::{
     },
     unit::{Credits, UtcMillis},
 };
-use std::collections::{HashMap, HashSet};
+use std::{
+    collections::{HashMap, HashSet},
+    sync::LazyLock,
+};
 
 /// 16 bytes of a BLAKE3 hash: enough to tell honest leases apart, and who crafts a collision only bars his own.
 pub(crate) type Mark = [u8; MARK];
 pub(super) const MARK: usize = 16;
 
+static MARKS: LazyLock<blake3::Hasher> =
+    LazyLock::new(|| blake3::Hasher::new_derive_key("karez-ledger/1 mark"));
+
 fn mark(parts: &[&[u8]]) -> Mark {
-    let mut hasher = blake3::Hasher::new_derive_key("karez-ledger/1 mark");
+    // The context was hashed before.
+    let mut hasher = blake3::Hasher::clone(&MARKS);
     for part in parts {
         hasher.update(part);
     }

@@ -6,12 +6,14 @@
 mod forms;
 mod netting;
 mod settlement;
+mod standing;
 mod statement;
 mod time;
 
 pub use forms::{Form, Writer as FormWriter};
 pub use netting::{Age, Netting, Transfer};
 pub use settlement::{Pseudonyms, Settlement};
+pub use standing::{Standing, StandingBuilder};
 pub use statement::{Flow, Statement, StatementBuilder};
 pub use time::{Month, MonthError};
 

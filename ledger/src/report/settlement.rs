@@ -1,7 +1,7 @@
 //! One settled lease with all its papers, read out of a verified entry.
 use super::time::Month;
 use karez_core::{
-    id::{Institution, RecordId},
+    id::{Digest, Institution, RecordId},
     key::{KeyError, PublicKey, UserId},
     money::{Posting, PostingKind},
     records::{Lease, MeterReading, Order, Receipt, Record, SignatureCheck, Signed, Usage, Verified},
@@ -11,8 +11,8 @@ use karez_core::{
 struct Before;
 
 impl SignatureCheck for Before {
-    fn check(&self, _: &RecordId, _: &PublicKey, _: &[u8], _: &[u8; 64]) -> Result<(), KeyError> {
-        Ok(())
+    fn check(&self, _: &PublicKey, message: &[u8], _: &[u8; 64]) -> Result<RecordId, KeyError> {
+        Ok(Digest::of(message))
     }
 }
 

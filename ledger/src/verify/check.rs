@@ -1,10 +1,14 @@
 //! The checks that need one line only: form, hash, signatures, evidence. Done on all cores.
-use super::{VerifyOptions, fault::FaultKind, lines::parse};
+use super::{
+    VerifyOptions,
+    fault::FaultKind,
+    lines::{Text, parse_entry},
+};
 use crate::{
     batch::Checker,
     book::{BookError, ENTRY_BYTES_MAX, Entry},
-    evidence::{EvidenceError, Examined, GIST_MAX, examine_by, examine_dropped},
-    export::{FORMAT, Header, Line},
+    evidence::{EvidenceError, Examined, GIST_MAX, examine_digested, examine_dropped},
+    export::{FORMAT, Header},
 };
 use base64::{Engine, prelude::BASE64_STANDARD};
 use karez_core::{id::Digest, key::SchedulerId, money::Posting, records::to_check, unit::UtcMillis};
@@ -60,10 +64,12 @@ struct Read {
     entry: Entry,
     hash: Digest,
     expected: Digest,
+    /// Of the records, whether they are there or not.
+    digest: Digest,
 }
 
 fn read(line: &[u8]) -> Result<Read, FaultKind> {
-    let line: Line<'_> = parse(line, "an entry")?;
+    let line = parse_entry(line)?;
     let bad = |expected, why| FaultKind::Unreadable { expected, why };
     if line.evidence.is_some() == line.dropped.is_some() {
         let why = "it needs its records or, when they were dropped, their digest".into();
@@ -102,20 +108,22 @@ fn read(line: &[u8]) -> Result<Read, FaultKind> {
     if bytes > ENTRY_BYTES_MAX {
         return Err(BookError::TooLarge { bytes }.into());
     }
+    let digest = entry.evidence_digest();
     Ok(Read {
         hash: line.hash,
-        expected: entry.hash(),
+        expected: entry.hash_by(&digest),
         entry,
+        digest,
     })
 }
 
 /// Checks lines by themselves, their signatures together.
 pub(super) fn check_lines(
-    lines: &[Vec<u8>],
+    text: &Text,
     scheduler: SchedulerId,
     checker: &mut Checker,
 ) -> Vec<Result<Checked, FaultKind>> {
-    let read: Vec<Result<Read, FaultKind>> = lines.iter().map(|line| read(line)).collect();
+    let read: Vec<Result<Read, FaultKind>> = text.lines().map(read).collect();
     let records = read.iter().flatten().flat_map(|r| &r.entry.posting.evidence);
     checker.take(records.filter_map(|bytes| to_check(bytes)));
     let checker = &*checker;
@@ -136,7 +144,7 @@ pub(super) fn check_lines(
             at,
             records: posting.evidence.len() as u64,
             examined: match dropped {
-                None => examine_by(posting, scheduler, checker),
+                None => examine_digested(posting, scheduler, checker, read.digest),
                 Some(digest) => examine_dropped(posting, scheduler, &gist, digest),
             },
             gist,

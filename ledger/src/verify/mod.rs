@@ -24,7 +24,7 @@ use karez_core::{
     key::SchedulerId,
     unit::{Credits, DeviceMillis, UtcMillis},
 };
-use lines::{End, Lines, parse};
+use lines::{Batch, End, Lines, Text, parse};
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
     io::BufRead,
@@ -136,7 +136,7 @@ pub fn verify_each(
     let cores = thread::available_parallelism().map_or(1, NonZero::get);
     let checkers = Mutex::new(Vec::new());
     let scheduler = header.scheduler;
-    let check = |batch: Vec<Vec<u8>>| {
+    let check = |batch: Text| {
         let lock = || checkers.lock().unwrap_or_else(PoisonError::into_inner);
         let mut checker: Checker = lock().pop().unwrap_or_default();
         let checked = check_lines(&batch, scheduler, &mut checker);
@@ -146,17 +146,11 @@ pub fn verify_each(
     let trailer = thread::scope(|scope| {
         let mut under_way: VecDeque<ScopedJoinHandle<'_, _>> = VecDeque::new();
         loop {
-            let read = lines.batch();
-            let (entries, end) = match read {
-                Ok(batch) => (batch.entries, Ok(batch.end)),
-                Err(kind) => (Vec::new(), Err(kind)),
-            };
-            for line in &entries {
-                hasher.update(line);
-            }
+            let Batch { entries, end } = lines.batch();
+            hasher.update(&entries.bytes);
             let check = &check;
             under_way.push_back(scope.spawn(move || check(entries)));
-            let more = matches!(end, Ok(End::More));
+            let more = matches!(end, End::More);
             while under_way.len() > if more { cores } else { 0 } {
                 let Some(thread) = under_way.pop_front() else {
                     break;
@@ -173,13 +167,13 @@ pub fn verify_each(
                 kind: Box::new(kind),
             };
             match end {
-                Ok(End::More) => {}
-                Ok(End::Trailer(line)) => return Ok(line),
-                Ok(End::Cut) => {
+                End::More => {}
+                End::Trailer(line) => return Ok(line),
+                End::Cut => {
                     audit.check_tail()?;
                     return Err(fault(FaultKind::Truncated));
                 }
-                Err(kind) => {
+                End::Bad(kind) => {
                     return Err(Fault {
                         entry: Some(audit.book.entries()),
                         ..fault(kind)
