@@ -321,6 +321,8 @@ struct Shown {
     at: u64,
     kind: String,
     legs: Vec<(String, i64)>,
+    /// None where the records were dropped.
+    #[serde(default)]
     evidence: Vec<String>,
 }
 

@@ -19,7 +19,7 @@ use karez_core::{
 use karez_ledger::{
     Entry, Summary,
     note::Note,
-    report::{Form, FormWriter, Month, Netting, Pseudonyms, Statement, StatementBuilder},
+    report::{Form, FormWriter, Month, Pseudonyms, Standing, StandingBuilder, Statement, StatementBuilder},
     verify_each,
 };
 use serde_json::json;
@@ -195,39 +195,31 @@ fn compare(context: &Context, path: &Path, ours: &Statement) -> Result<()> {
 }
 
 pub(super) async fn netting(context: &Context, args: &NettingArgs) -> Result<()> {
-    // Any institution's statement collects the flows of all.
     let end = match args.month {
         Some(month) => month,
         None => Month::of(super::file::now()),
     };
-    let mut builder = StatementBuilder::new("any-one".parse()?, end);
-    let mut accounts = karez_core::money::Accounts::default();
+    let mut builder = StandingBuilder::new(end, "any-one".parse()?);
     let summary = walk(context, &args.source, &mut |entry| {
-        builder.take(entry);
-        if let Some(limit) = karez_ledger::report::limit(&entry.posting) {
-            accounts.set_limit(limit.0, limit.1);
-        }
-        accounts.apply(&entry.posting).map_err(io::Error::other)
+        builder.take(entry).map_err(io::Error::other)
     })
     .await?;
-    let (_, netting) = builder.finish(&summary.tree_head);
-    let at = karez_core::unit::UtcMillis(end.end().0.saturating_sub(1).min(summary.created.0));
-    print_netting(context, &netting, &accounts, at);
+    print_netting(context, &builder.finish(&summary));
     Ok(())
 }
 
-fn print_netting(
-    context: &Context,
-    netting: &Netting,
-    accounts: &karez_core::money::Accounts,
-    at: karez_core::unit::UtcMillis,
-) {
+fn print_netting(context: &Context, standing: &Standing) {
+    let Standing {
+        at,
+        netting,
+        accounts,
+    } = standing;
     let out = context.out;
     let credits = |micro: i128| crate::out::signed_credits(i64::try_from(micro).unwrap_or(i64::MAX));
     let owed = |micro: u64| credits(i128::from(micro));
     if out.json {
         for (name, net) in netting.positions() {
-            let age = netting.age(name, at);
+            let age = netting.age(name, *at);
             out.json(&json!({
                 "institution": name.as_str(), "net_microcredits": net.to_string(),
                 "account_microcredits": accounts.balance(&Account::Institution(name.clone())),
@@ -256,7 +248,7 @@ fn print_netting(
         (">90", Column::Right),
     ]);
     for (name, net) in netting.positions() {
-        let age = netting.age(name, at);
+        let age = netting.age(name, *at);
         table.row(vec![
             name.to_string(),
             credits(net),

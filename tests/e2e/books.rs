@@ -451,7 +451,17 @@ fn the_operator_drops_what_is_long_over() {
         net.daemons.start(&home, "scheduler")
     };
     patiently(|| net.run("researcher", &["balance"]).code == 0);
+    let listed = net
+        .run("researcher", &["ledger", "show", "-n", "1000", "--json"])
+        .ok()
+        .out;
     let less = net.export("less.jsonl");
+    let entries = fs::read_to_string(&less).unwrap().lines().count() - 2;
+    assert_eq!(
+        listed.lines().count(),
+        entries,
+        "what was dropped is listed: {listed}"
+    );
     let verified = net
         .run("nobody", &["ledger", "verify", &less, "--against", &full])
         .ok()
