@@ -249,7 +249,7 @@ def main():
         for turn in range(args.turns):
             for ask, firsts, speeds in ((worker.ask, direct, single), (network.ask, through, whole)):
                 for i in range(4):
-                    began, first, last, count = ask(f"{QUESTION} {turn} {i}", 64)
+                    began, first, last, count = ask(f"{QUESTION} {turn} {i}", 256)
                     firsts.append((first - began) * 1000)
                     speeds.append((count - 1) / (last - first))
             alone.append(together(worker.ask, MANY, 48, 0.005))

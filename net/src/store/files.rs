@@ -70,6 +70,10 @@ impl Drop for Temp {
     }
 }
 
+fn write_pairs(tree: Option<&Temp>, pairs: &[u8], at: u64) -> io::Result<()> {
+    tree.map_or(Ok(()), |tree| tree.file.write_all_at(pairs, at))
+}
+
 impl ArtifactStore {
     pub(super) fn state(&self) -> MutexGuard<'_, State> {
         self.inner.state.lock().unwrap_or_else(PoisonError::into_inner)
@@ -106,6 +110,15 @@ impl ArtifactStore {
             .open(&path)
             .map_err(io_error(&path))?;
         Ok(Temp { file, path })
+    }
+
+    /// A file for the outboard of so many bytes, where there is one: small files have none, and making and removing
+    /// an empty file costs a file system more than all the rest.
+    fn temp_tree(&self, bytes: u64) -> Result<Option<Temp>, StoreError> {
+        match outboard_bytes(bytes) {
+            0 => Ok(None),
+            _ => self.temp().map(Some),
+        }
     }
 
     /// Promises room, evicting what was not used for longest.
@@ -292,7 +305,7 @@ impl ArtifactStore {
         let bytes = meta.len();
         let room = self.reserve(cost(bytes))?;
         let data = self.temp()?;
-        let tree = self.temp()?;
+        let tree = self.temp_tree(bytes)?;
         let mut reader = &source;
         let digest = make_outboard(
             bytes,
@@ -303,7 +316,7 @@ impl ArtifactStore {
                 })?;
                 (&data.file).write_all(buffer)
             },
-            &mut |at, pairs| tree.file.write_all_at(pairs, at),
+            &mut |at, pairs| write_pairs(tree.as_ref(), pairs, at),
         )
         .map_err(io_error(path))?;
         let held = self.place(digest, bytes, data, tree, room, Lasting::Now)?;
@@ -318,13 +331,13 @@ impl ArtifactStore {
         let size = bytes.len() as u64;
         let room = self.reserve(cost(size))?;
         let data = self.temp()?;
-        let tree = self.temp()?;
+        let tree = self.temp_tree(size)?;
         let mut rest = bytes;
         (&data.file).write_all(bytes).map_err(io_error(&data.path))?;
         let digest = make_outboard(size, &mut |buffer| rest.read_exact(buffer), &mut |at, pairs| {
-            tree.file.write_all_at(pairs, at)
+            write_pairs(tree.as_ref(), pairs, at)
         })
-        .map_err(io_error(&tree.path))?;
+        .map_err(io_error(&data.path))?;
         let held = self.place(digest, size, data, tree, room, lasting)?;
         Ok((digest, held))
     }
@@ -335,19 +348,18 @@ impl ArtifactStore {
         digest: Digest,
         bytes: u64,
         data: Temp,
-        tree: Temp,
+        tree: Option<Temp>,
         room: Room<'_>,
         lasting: Lasting,
     ) -> Result<Held<'_>, StoreError> {
         let known = self.blob_bytes(&digest).is_some();
-        let has_tree = outboard_bytes(bytes) > 0;
         if !known {
             let write = || -> io::Result<()> {
                 data.file.set_permissions(fs::Permissions::from_mode(0o444))?;
                 if lasting == Lasting::Now {
                     data.file.sync_all()?;
                 }
-                if lasting == Lasting::Now && has_tree {
+                if let (Lasting::Now, Some(tree)) = (lasting, &tree) {
                     tree.file.sync_all()?;
                 }
                 Ok(())
@@ -366,7 +378,7 @@ impl ArtifactStore {
             }
             let path = self.blob_path(&digest);
             make_parent(&path)?;
-            if has_tree {
+            if let Some(tree) = &tree {
                 let path = self.tree_path(&digest);
                 fs::rename(&tree.path, &path).map_err(io_error(&path))?;
             }
