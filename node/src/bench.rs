@@ -1,7 +1,7 @@
 //! Measuring what this machine really does with models, through the very worker that serves guests.
 //!
 //! The brief probe at the first start estimates from memory bandwidth; this runs models. It takes a minute or two, keeps the result beside
-//! the probe's, and offers carry it from the node's next start on. Start at [`bench`].
+//! the probe's, and offers carry it from the node's next start on. Start at [`bench()`].
 use crate::{config::NodeConfig, daemon::WorkerProgram, files::NodeFiles, probe};
 use karez_engine::{
     EngineError, Event, SpawnOptions, Worker,

@@ -2,7 +2,7 @@
 //! strangers' files.
 //!
 //! One process answers one question: JSON on its standard input, JSON on its standard output. `karez tuner` is that
-//! program; the types of the conversation stand here, so that both ends share them. Start at [`Tuner::ask`].
+//! program; the types of the conversation stand here, so that both ends share them. Start at `Tuner::ask`.
 use karez_core::unit::Bytes;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};

@@ -267,6 +267,8 @@ fn print_netting(context: &Context, standing: &Standing) {
 }
 
 /// `karez ledger shares`.
+// What stands in brackets are tables of `scheduler.toml`, as the help prints them.
+#[allow(rustdoc::broken_intra_doc_links)]
 #[derive(Debug, Args)]
 pub(super) struct SharesArgs {
     /// The half-life to count with: that of the scheduler's [fair] half_life

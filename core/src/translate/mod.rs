@@ -4,6 +4,9 @@
 //! gives out holds only verified records within their limits. Free text is cut and freed of control characters in
 //! both directions, so that no word of a stranger can break a terminal or a limit.
 //!
+//! [`ToScheduler`]: crate::exchange::ToScheduler
+//! [`ToNode`]: crate::exchange::ToNode
+//!
 //! Start at [`FromNode`] and [`FromScheduler`]: the two ends of a session.
 mod session;
 #[cfg(test)]

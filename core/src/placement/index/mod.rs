@@ -9,7 +9,7 @@
 //! What the index compares are lower bounds. The caller's `exact` judgement of a place decides, and the walk goes
 //! on until no bound lies under the best judgement: the answer is always the exact cheapest.
 //!
-//! Not here: what a key or a cost means ([`super::stock`], [`super::quote`]).
+//! Not here: what a key or a cost means (`super::stock`, [`super::quote`]).
 mod bytes;
 mod class;
 mod costs;
