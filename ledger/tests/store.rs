@@ -11,7 +11,7 @@ use karez_core::{
     money::{Account, Posting},
 };
 use karez_ledger::{Book, Op, Options, StoreError, Writer, store::SledStore};
-use std::{fs, path::Path};
+use std::{fs, path::Path, thread, time::Duration};
 
 #[test]
 fn rows_and_entries_survive_reopening() {
@@ -214,6 +214,19 @@ fn one_process_and_one_ledger_per_directory() {
         assert!(matches!(error, StoreError::OtherLedger { .. }), "{error}");
     }
     assert_eq!(open(dir.path(), options(), SledStore::open).0.head().0, 1);
+}
+
+#[test]
+fn a_holder_on_its_way_out_is_waited_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let (writer, recovered) = open(dir.path(), options(), SledStore::open);
+    writer.commit_blocking(tx([post(grant(0, 1))])).unwrap();
+    let leaving = thread::spawn(move || {
+        thread::sleep(Duration::from_millis(100));
+        drop((writer, recovered));
+    });
+    assert_eq!(open(dir.path(), options(), SledStore::open).0.head().0, 1);
+    leaving.join().unwrap();
 }
 
 /// A ledger with an entry of every kind, and with a job, a grant and a dispute still open.

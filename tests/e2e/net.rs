@@ -9,6 +9,17 @@ use std::{
 };
 use tempfile::TempDir;
 
+/// The folder of all-MiniLM-L6-v2, where there is one; says so where a test is skipped for it.
+pub(crate) fn encoder() -> Option<String> {
+    let dir = std::env::var("KAREZ_TEST_MINILM")
+        .ok()
+        .filter(|dir| !dir.is_empty());
+    if dir.is_none() {
+        println!("skipped: KAREZ_TEST_MINILM names no encoder");
+    }
+    dir
+}
+
 /// What `karez` answered.
 #[derive(Debug)]
 pub(crate) struct Answer {
@@ -244,8 +255,18 @@ pub(crate) fn signal(pid: i32, signal: rustix::process::Signal) {
     rustix::process::kill_process(rustix::process::Pid::from_raw(pid).unwrap(), signal).unwrap();
 }
 
+/// Kills a process and waits until its files are closed: until then its directory is taken.
 pub(crate) fn kill_9(pid: i32) {
     signal(pid, rustix::process::Signal::KILL);
+    let alive = || match fs::read_to_string(format!("/proc/{pid}/stat")) {
+        Ok(stat) => !stat.rsplit(')').next().unwrap().starts_with(" Z"),
+        Err(_) => false,
+    };
+    let until = Instant::now() + Duration::from_secs(30);
+    while alive() {
+        assert!(Instant::now() < until, "{pid} outlives SIGKILL");
+        thread::sleep(Duration::from_millis(5));
+    }
 }
 
 impl Drop for Net {

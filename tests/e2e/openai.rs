@@ -1,5 +1,5 @@
 //! The official OpenAI client from PyPI, unmodified, against a real network.
-use crate::net::{Net, kill_9};
+use crate::net::{Net, encoder, kill_9};
 use serde_json::Value;
 use std::{
     io::{BufRead, BufReader},
@@ -175,13 +175,7 @@ fn a_conversation_from_the_command_line_is_written_as_it_comes() {
 
 #[test]
 fn vectors_are_the_same_packed_and_plain() {
-    let Some(minilm) = std::env::var("KAREZ_TEST_MINILM")
-        .ok()
-        .filter(|dir| !dir.is_empty())
-    else {
-        println!("skipped: KAREZ_TEST_MINILM names no encoder");
-        return;
-    };
+    let Some(minilm) = encoder() else { return };
     let served = Served::up("5");
     served
         .net

@@ -1,5 +1,5 @@
 //! Nodes that front a server: a real one (another Karez network), and ones that misbehave.
-use crate::net::{Net, kill_9};
+use crate::net::{Net, encoder, kill_9};
 use serde_json::{Value, json};
 use std::{
     fs,
@@ -121,13 +121,7 @@ fn a_node_lends_what_another_server_computes() {
 
 #[test]
 fn prompts_as_they_stand_and_vectors_come_from_a_server_too() {
-    let Some(minilm) = std::env::var("KAREZ_TEST_MINILM")
-        .ok()
-        .filter(|dir| !dir.is_empty())
-    else {
-        println!("skipped: KAREZ_TEST_MINILM names no encoder");
-        return;
-    };
+    let Some(minilm) = encoder() else { return };
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let far = Net::up();
     let gguf = root.join("engine/models/karez-tiny.gguf");

@@ -57,6 +57,10 @@ pub const TRANSACTION_BYTES_MAX: usize = 8 << 20;
 
 /// Bytes that may wait in the queue, in KiB.
 const QUEUE_KIB_MAX: u32 = 64 << 10;
+/// How long a directory that another process has is asked for, and how often.
+const LOCK_PATIENCE: Duration = Duration::from_secs(3);
+const LOCK_PAUSE: Duration = Duration::from_millis(20);
+
 /// How a directory is opened.
 #[derive(Debug, Clone)]
 pub struct Options {
@@ -395,13 +399,19 @@ impl Op {
     }
 }
 
+/// Takes a directory for this process. A holder that was just killed keeps its lock until the
+/// kernel has taken it apart, so a taken lock is asked for again for [`LOCK_PATIENCE`].
 pub(crate) fn lock(dir: &Path) -> Result<File, StoreError> {
     let path = dir.join("lock");
     let file = File::create(&path).map_err(|e| StoreError::io(&path, "create it", &e))?;
-    match file.try_lock() {
-        Ok(()) => Ok(file),
-        Err(TryLockError::WouldBlock) => Err(StoreError::InUse { path: dir.to_owned() }),
-        Err(TryLockError::Error(e)) => Err(StoreError::io(&path, "lock it", &e)),
+    let until = Instant::now() + LOCK_PATIENCE;
+    loop {
+        match file.try_lock() {
+            Ok(()) => return Ok(file),
+            Err(TryLockError::WouldBlock) if Instant::now() < until => thread::sleep(LOCK_PAUSE),
+            Err(TryLockError::WouldBlock) => return Err(StoreError::InUse { path: dir.to_owned() }),
+            Err(TryLockError::Error(e)) => return Err(StoreError::io(&path, "lock it", &e)),
+        }
     }
 }
 

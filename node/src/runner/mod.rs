@@ -8,6 +8,7 @@
 //! the item had one. Not here: deciding what to run (the agent), and getting the artifacts here first.
 mod input;
 mod output;
+mod pieces;
 mod served;
 mod train;
 mod warm;
@@ -36,6 +37,7 @@ use karez_engine::{
 };
 use karez_net::store::Pin;
 use output::Results;
+use pieces::Telling;
 use serde::Serialize;
 use std::{
     collections::VecDeque,
@@ -59,10 +61,6 @@ const BATCH_TEXTS: usize = 32;
 const BATCH_BYTES: usize = 256 << 10;
 /// Batches or prompts handed to the worker beyond those it computes at a time, so that it never waits for the next one.
 const AHEAD: usize = 2;
-/// Answers are told so often at most: nobody reads faster, and a word of its own costs every hop more than it says.
-const PIECE_EVERY: Duration = Duration::from_millis(10);
-/// Bytes of a piece that is not added to any more.
-const PIECE_BYTES: usize = 4 << 10;
 /// Workers that may die under a lease without an item done in between.
 const FALLS_MAX: u32 = 2;
 
@@ -149,6 +147,14 @@ pub(crate) enum Told {
 /// Must not block.
 pub(crate) type Tell = Arc<dyn Fn(Told) + Send + Sync>;
 
+/// For ever where there is no time.
+async fn until(at: Option<tokio::time::Instant>) {
+    match at {
+        Some(at) => tokio::time::sleep_until(at).await,
+        None => std::future::pending().await,
+    }
+}
+
 /// Waits for something that goes on for a while, and says every second that it does.
 async fn alive<T>(tell: Option<Tell>, work: impl Future<Output = T>) -> T {
     let Some(tell) = tell else { return work.await };
@@ -168,9 +174,7 @@ pub(crate) async fn run(job: Job, tools: &Tools, stopped: Stopped, tell: Tell) -
         meters: WorkerMeters::default(),
         told: Instant::now(),
         live_tokens: 0,
-        told_tokens: 0,
-        untold: None,
-        tell_at: tokio::time::Instant::now(),
+        telling: Telling::new(tell.clone()),
         energy: tools.energy.clone(),
         span: tools.energy.begin(&job.gpus),
         alive_at: tokio::time::Instant::now(),
@@ -218,12 +222,7 @@ struct Running {
     told: Instant,
     /// Tokens seen of runs that are not done yet.
     live_tokens: u64,
-    /// Tokens of the answer under way that were told.
-    told_tokens: u64,
-    /// What was written since; told together.
-    untold: Option<(Piece, Vec<protocol::TokenLogprob>)>,
-    /// When the next piece may be told.
-    tell_at: tokio::time::Instant,
+    telling: Telling,
     energy: Arc<energy::Meters>,
     span: Span,
     /// When it is next said that work goes on.
@@ -327,49 +326,17 @@ impl Running {
         }
     }
 
-    /// Tells an answer as it is written: the first piece at once, then what came within [`PIECE_EVERY`] together. What
-    /// gets lost is made good by the result.
+    /// Tells an answer as it is written, where the order asks for that.
     fn stream(&mut self, item: u64, piece: protocol::Piece) {
-        let wanted = matches!(&self.job.order.work, Work::Generate(g) if g.stream);
-        let ends = self.live_tokens + piece.tokens.len() as u64;
-        // A worker that died begins again; what was told before stands, and pieces must not straddle its end.
-        if !wanted || (ends <= self.told_tokens && !piece.tokens.is_empty()) {
-            return;
+        if matches!(&self.job.order.work, Work::Generate(g) if g.stream) {
+            self.telling.add(item, self.live_tokens, piece);
         }
-        let first_token = self.live_tokens;
-        let (untold, logprobs) = self.untold.get_or_insert_with(|| {
-            let empty = Piece {
-                item,
-                first_token,
-                ..Piece::default()
-            };
-            (empty, Vec::new())
-        });
-        untold.text.push_str(&piece.text);
-        untold.tokens.extend(piece.tokens);
-        logprobs.extend(piece.logprobs);
-        if untold.text.len() > PIECE_BYTES || tokio::time::Instant::now() >= self.tell_at {
-            self.tell_untold();
-        }
-    }
-
-    fn tell_untold(&mut self) {
-        let Some((mut piece, logprobs)) = self.untold.take() else {
-            return;
-        };
-        if !logprobs.is_empty() {
-            piece.logprobs = serde_json::to_string(&logprobs).unwrap_or_default();
-        }
-        self.told_tokens = piece.first_token + piece.tokens.len() as u64;
-        self.tell_at = tokio::time::Instant::now() + PIECE_EVERY;
-        (self.tell)(Told::Piece(piece));
     }
 
     /// The answer under way has ended.
     fn answered(&mut self) {
-        self.tell_untold();
+        self.telling.end();
         self.live_tokens = 0;
-        self.told_tokens = 0;
     }
 
     /// The meters so far, with the energy.
@@ -470,7 +437,7 @@ impl Running {
                     }
                     tracing::warn!(lease = %self.job.key, %why, "the worker died: another one takes over");
                     self.live_tokens = 0;
-                    self.untold = None;
+                    self.telling.begin_again();
                     flight
                         .into_iter()
                         .rev()
@@ -684,8 +651,8 @@ impl Running {
                 Some((_, Ok(run))) => tokio::select! {
                     event = run.next() => event,
                     () = self.stopped.said() => return Err(Failure::Stopped),
-                    () = tokio::time::sleep_until(self.tell_at), if self.untold.is_some() => {
-                        self.tell_untold();
+                    () = until(self.telling.due()) => {
+                        self.telling.flush();
                         continue;
                     }
                     () = tokio::time::sleep_until(self.alive_at) => {

@@ -63,7 +63,7 @@ impl Running {
                     let mut say = |piece: protocol::Piece| {
                         let tokens = piece.tokens.len() as u64;
                         self.stream(item, piece);
-                        self.tell_untold();
+                        self.telling.flush();
                         self.live_tokens += tokens;
                         self.progress();
                     };

@@ -178,10 +178,7 @@ impl Batches {
 
 /// Writes the output and error files and the batch's end.
 async fn close(shared: &Arc<Shared>, mut batch: Batch, view: Option<JobView>) -> Result<(), ApiError> {
-    let (state, cause) = match &view {
-        Some(view) => (view.state, view.cause.clone()),
-        None => (JobState::Failed, "its job is no longer listed".into()),
-    };
+    let (state, cause) = work::ended_as(view.as_ref());
     let mut over = Over {
         at: now(),
         state,

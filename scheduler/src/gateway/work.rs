@@ -54,6 +54,14 @@ async fn cancel(shared: &Shared, caller: PublicKey, job: JobId) {
         .await;
 }
 
+/// How a job ended, and why.
+pub(super) fn ended_as(view: Option<&JobView>) -> (JobState, String) {
+    match view {
+        Some(view) => (view.state, view.cause.clone()),
+        None => (JobState::Failed, "its job is no longer listed".into()),
+    }
+}
+
 /// Signs an order with the bearer's key and submits it. `lines` is its input, `items` lines of JSON.
 pub(super) async fn submit(
     shared: &Arc<Shared>,

@@ -3,7 +3,10 @@ use super::{
     ApiError, Ask, Caller, Fault, JobState, Over, Progress, Shared, Stored, Told, Trail, Tuning, files, lock,
     memory, now, shown, unanswered, unread,
 };
-use crate::tuner::{ADAPTER_FILE, BASE_FILE};
+use crate::{
+    gateway::work,
+    tuner::{ADAPTER_FILE, BASE_FILE},
+};
 use karez_core::{artifact::ArtifactRef, controller::JobView};
 use std::{fmt::Write as _, path::PathBuf, sync::Arc};
 use tempfile::TempDir;
@@ -283,10 +286,7 @@ impl super::Tunings {
 
 /// Makes the model, and writes the job's end.
 async fn close(shared: &Arc<Shared>, mut row: Tuning, view: Option<JobView>) -> Result<(), ApiError> {
-    let (state, cause) = match &view {
-        Some(view) => (view.state, view.cause.clone()),
-        None => (JobState::Failed, "its job is no longer listed".into()),
-    };
+    let (state, cause) = work::ended_as(view.as_ref());
     let mut over = Over {
         at: now(),
         state,
