@@ -22,7 +22,7 @@ use karez_core::{
 };
 use karez_engine::train::{
     Settings, TrainError,
-    base::weight_files,
+    base::{check_numbers, weight_files},
     results::Finished,
     trainer::{Outline, Spec, outline},
 };
@@ -112,7 +112,7 @@ pub(crate) async fn run(context: &Context, args: FinetuneArgs) -> Result<()> {
     let plan = plan(&args)?;
     let out = context.out;
     for notice in &plan.outline.notices {
-        out.note(clean(notice));
+        out.warn(clean(notice));
     }
     let Outline {
         steps,
@@ -123,14 +123,14 @@ pub(crate) async fn run(context: &Context, args: FinetuneArgs) -> Result<()> {
         parameters,
         ..
     } = &plan.outline;
-    out.note(format!(
+    let summary = format!(
         "{} to train on and {held_out} held out ({}), {} tokens; {} steps; {} numbers will train",
         plural(*examples as u64, "example"),
         languages.join(", "),
         count(*tokens as u64),
         count(*steps as u64),
         count(*parameters as u64),
-    ));
+    );
     if args.check {
         if out.json {
             out.json(&json!({
@@ -139,9 +139,11 @@ pub(crate) async fn run(context: &Context, args: FinetuneArgs) -> Result<()> {
             }));
         } else {
             out.line("base, data and settings fit together");
+            out.line(summary);
         }
         return Ok(());
     }
+    out.note(summary);
     let link = link::open(&context.home).await?;
     interruptible(async {
         let view = submit(context, &link, &plan, &args).await?;
@@ -186,23 +188,36 @@ fn plan(args: &FinetuneArgs) -> Result<Plan> {
         None => Map::new(),
     };
     let mut take = |name: &str| config.remove(name);
+    let in_config = |why: String| match &args.config {
+        Some(file) => fault(Kind::Usage, format!("{}: {why}", file.display())),
+        None => fault(Kind::Usage, why),
+    };
     let path = |value: Option<Value>, name: &str| match value {
         None => Ok(None),
         Some(Value::String(path)) => Ok(Some(PathBuf::from(path))),
-        Some(_) => Err(fault(Kind::Usage, format!("{name} is not a path"))),
+        Some(_) => Err(in_config(format!("{name} is not a path"))),
     };
     let base = path(take("base_model"), "base_model")?;
     let output = path(take("output_dir"), "output_dir")?;
-    let data = path(take("datasets").map(one_dataset).transpose()?, "datasets")?;
+    let data = take("datasets")
+        .map(one_dataset)
+        .transpose()
+        .map_err(|why| in_config(why.into()))?;
+    let data = path(data, "datasets[0].path")?;
+    let mut by_flag = Vec::new();
     for text in &args.set {
         let Some((name, value)) = text.split_once('=') else {
             return Err(fault(Kind::Usage, format!("--set {text:?} is not NAME=VALUE")));
         };
         // A number, a list or a truth value where it reads as one; else the text itself.
         let value = serde_json::from_str(value).unwrap_or_else(|_| Value::String(value.to_owned()));
+        by_flag.push(name.trim());
         config.insert(name.trim().to_owned(), value);
     }
-    let settings = Settings::from_json(Value::Object(config)).map_err(refused)?;
+    let settings = Settings::from_json(Value::Object(config)).map_err(|error| match &error {
+        TrainError::Setting { name, .. } if !by_flag.contains(&name.as_str()) => in_config(error.to_string()),
+        _ => refused(error),
+    })?;
     let base = args.base.clone().or(base).ok_or_else(|| missing("--base"))?;
     let given = args.data.clone().or(data).ok_or_else(|| missing("--data"))?;
     let lines = match crate::parquet::is_parquet(&given) {
@@ -229,14 +244,7 @@ fn plan(args: &FinetuneArgs) -> Result<Plan> {
         }
         other => refused(other),
     })?;
-    for file in weight_files(&base).map_err(refused)? {
-        if !file.is_file() {
-            return Err(fault(
-                Kind::NotFound,
-                format!("{} does not exist", file.display()),
-            ));
-        }
-    }
+    check_numbers(&base).map_err(refused)?;
     let output = args.options.output.clone().or(output);
     Ok(Plan {
         base,
@@ -262,17 +270,14 @@ fn read_config(path: &Path) -> Result<Map<String, Value>> {
 }
 
 /// Axolotl takes a list of data sets; one is possible here.
-fn one_dataset(value: Value) -> Result<Value> {
-    match value {
-        Value::Array(mut sets) if sets.len() == 1 => {
-            let set = sets.remove(0);
-            match set.get("path") {
-                Some(path) => Ok(path.clone()),
-                None => Err(fault(Kind::Usage, "datasets[0] has no path")),
-            }
-        }
-        _ => Err(fault(Kind::Usage, "datasets names not exactly one data set")),
-    }
+fn one_dataset(value: Value) -> Result<Value, &'static str> {
+    let Value::Array(sets) = value else {
+        return Err("datasets is not a list");
+    };
+    let [set] = sets.as_slice() else {
+        return Err("datasets names not exactly one data set");
+    };
+    set.get("path").cloned().ok_or("datasets[0] has no path")
 }
 
 /// Steps between two checkpoints, unless somebody says so.

@@ -538,6 +538,7 @@ fn what_cannot_be_trained_is_refused_before_anything_is_sent() {
     );
     let yaml = write("run.yaml", "lora_r: 8\nlerning_rate: 0.1\n");
     let tabs = write("tabs.yaml", "lora_r: [8\n");
+    let sets = write("sets.yaml", "datasets: []\n");
     for (args, code, words) in [
         (
             vec!["--data", &bad],
@@ -547,7 +548,12 @@ fn what_cannot_be_trained_is_refused_before_anything_is_sent() {
         (
             vec!["--data", &good, "--config", &yaml],
             2,
-            vec!["lerning_rate", "did you mean learning_rate"],
+            vec!["run.yaml: lerning_rate", "did you mean learning_rate"],
+        ),
+        (
+            vec!["--data", &good, "--config", &sets],
+            2,
+            vec!["sets.yaml: datasets names not exactly one"],
         ),
         (vec!["--data", &good, "--config", &tabs], 2, vec!["tabs.yaml"]),
         (vec!["--data", &good, "--set", "lora_r=0"], 2, vec!["lora_r is 0"]),

@@ -15,6 +15,9 @@ use super::llama::Config;
 
 /// Bytes of a safetensors header at most; theirs is 100 MB, real ones are far smaller.
 const HEADER_MAX: u64 = 32 << 20;
+/// Bytes that are read at once.
+const PIECE: usize = 1 << 20;
+const NOT_FINITE: &str = "holds numbers that are not finite";
 /// Bytes of the small files of a model directory at most.
 const JSON_MAX: u64 = 16 << 20;
 
@@ -160,6 +163,46 @@ pub fn check_weights(folder: &Path) -> Result<(), TrainError> {
     }
 }
 
+/// Reads every number of the weights, which must have passed [`check_weights`], and refuses those that are not finite. As
+/// slow as reading the files; holds a megabyte.
+pub fn check_numbers(folder: &Path) -> Result<(), TrainError> {
+    let wanted = read_config(folder)?.shapes();
+    for path in weight_files(folder)? {
+        let wrong = |why: String| TrainError::File {
+            path: path.clone(),
+            why,
+        };
+        let file = File::open(&path).map_err(|error| wrong(format!("cannot be opened: {error}")))?;
+        let mut file = BufReader::with_capacity(PIECE, file);
+        let (from, header) = header(&mut file).map_err(wrong)?;
+        let mut tensors: Vec<(String, &TensorInfo)> = header.tensors().into_iter().collect();
+        tensors.sort_by_key(|(_, info)| info.data_offsets.0);
+        for (name, info) in tensors {
+            if !wanted.contains_key(&name) {
+                continue;
+            }
+            let (start, end) = info.data_offsets;
+            let all_finite = file
+                .seek(SeekFrom::Start(from + start as u64))
+                .map_err(|error| error.to_string())
+                .and_then(|_| all_finite(&mut file, info.dtype, end - start));
+            all_finite.map_err(|why| wrong(format!("tensor {name}: {why}")))?;
+        }
+    }
+    Ok(())
+}
+
+fn all_finite(file: &mut impl Read, dtype: Dtype, bytes: usize) -> Result<(), String> {
+    let mut finite = true;
+    numbers(file, dtype, bytes, |piece| {
+        finite &= piece.iter().all(|value| value.is_finite())
+    })?;
+    match finite {
+        true => Ok(()),
+        false => Err(NOT_FINITE.into()),
+    }
+}
+
 /// Bytes of one number of a type that can be read.
 fn width(dtype: Dtype) -> Result<usize, String> {
     match dtype {
@@ -181,7 +224,7 @@ impl BaseModel {
                 why,
             };
             let file = File::open(&path).map_err(|error| wrong(format!("cannot be opened: {error}")))?;
-            let mut file = BufReader::with_capacity(1 << 20, file);
+            let mut file = BufReader::with_capacity(PIECE, file);
             let (from, header) = header(&mut file).map_err(wrong)?;
             let mut tensors: Vec<(String, &TensorInfo)> = header.tensors().into_iter().collect();
             tensors.sort_by_key(|(_, info)| info.data_offsets.0);
@@ -262,6 +305,32 @@ fn header(file: &mut BufReader<File>) -> Result<(u64, Metadata), String> {
 
 /// Reads numbers a piece at a time, so that no second copy of a large tensor is ever in memory.
 fn values(file: &mut impl Read, dtype: Dtype, bytes: usize, hold: Hold) -> Result<Values, String> {
+    let count = bytes / width(dtype)?;
+    let mut out = match hold {
+        Hold::F32 => Values::F32(Vec::with_capacity(count)),
+        Hold::Bf16 => Values::Bf16(Vec::with_capacity(count)),
+    };
+    numbers(file, dtype, bytes, |piece| match &mut out {
+        Values::F32(out) => out.extend_from_slice(piece),
+        Values::Bf16(out) => out.extend(piece.iter().copied().map(bf16::from_f32)),
+    })?;
+    let finite = match &out {
+        Values::F32(out) => out.iter().all(|value| value.is_finite()),
+        Values::Bf16(out) => out.iter().all(|value| value.is_finite()),
+    };
+    match finite {
+        true => Ok(out),
+        false => Err(NOT_FINITE.into()),
+    }
+}
+
+/// Gives the numbers of the next `bytes` of a file, a piece after the other.
+fn numbers(
+    file: &mut impl Read,
+    dtype: Dtype,
+    bytes: usize,
+    mut each: impl FnMut(&[f32]),
+) -> Result<(), String> {
     let width = width(dtype)?;
     let one = |bytes: &[u8]| match (dtype, bytes) {
         (Dtype::F32, [a, b, c, d]) => f32::from_le_bytes([*a, *b, *c, *d]),
@@ -269,30 +338,16 @@ fn values(file: &mut impl Read, dtype: Dtype, bytes: usize, hold: Hold) -> Resul
         (_, [a, b]) => bf16::from_le_bytes([*a, *b]).to_f32(),
         _ => 0.0,
     };
-    let count = bytes / width;
-    let mut out = match hold {
-        Hold::F32 => Values::F32(Vec::with_capacity(count)),
-        Hold::Bf16 => Values::Bf16(Vec::with_capacity(count)),
-    };
-    let mut piece = vec![0; (1 << 20).min(bytes.max(width))];
+    let mut piece = vec![0; PIECE.min(bytes.max(width))];
+    let mut read = Vec::with_capacity(piece.len() / width);
     let mut left = bytes;
     while left > 0 {
-        let piece = &mut piece[..left.min(1 << 20)];
+        let piece = &mut piece[..left.min(PIECE)];
         file.read_exact(piece).map_err(|error| error.to_string())?;
         left -= piece.len();
-        let numbers = piece.chunks_exact(width).map(one);
-        match &mut out {
-            Values::F32(out) => out.extend(numbers),
-            Values::Bf16(out) => out.extend(numbers.map(bf16::from_f32)),
-        }
+        read.clear();
+        read.extend(piece.chunks_exact(width).map(one));
+        each(&read);
     }
-    let finite = match &out {
-        Values::F32(out) => out.iter().all(|value| value.is_finite()),
-        Values::Bf16(out) => out.iter().all(|value| value.is_finite()),
-    };
-    if finite {
-        Ok(out)
-    } else {
-        Err("holds numbers that are not finite".into())
-    }
+    Ok(())
 }

@@ -537,6 +537,16 @@ fn broken_model_directories_are_refused_by_file_and_field() {
         read()
     );
     let mut weights = small.weights.clone();
+    let norm = weights.get_mut("model.norm.weight").unwrap();
+    *norm = (norm.zeros_like().unwrap() / 0.0).unwrap();
+    save(&weights, &folder.join("model.safetensors"), DType::BF16).unwrap();
+    let error = base::check_numbers(folder).unwrap_err().to_string();
+    assert!(
+        error.contains("tensor model.norm.weight: holds numbers that are not finite"),
+        "{error}"
+    );
+    assert_eq!(BaseModel::read(folder, Hold::F32).unwrap_err().to_string(), error);
+    let mut weights = small.weights.clone();
     weights.remove("model.layers.1.mlp.up_proj.weight");
     save(&weights, &folder.join("model.safetensors"), DType::F32).unwrap();
     assert!(

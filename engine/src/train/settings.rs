@@ -169,7 +169,7 @@ impl Settings {
             if let Err(error) = serde_json::from_value::<Self>(alone) {
                 return Err(TrainError::Setting {
                     name: name.clone(),
-                    why: error.to_string(),
+                    why: format!("cannot be {:.60}: {error}", value.to_string()),
                 });
             }
         }
@@ -349,7 +349,10 @@ mod tests {
                 "lerning_rate is not a setting; did you mean learning_rate?",
             ),
             (json!({"galore": true}), "galore is not a setting"),
-            (json!({"learning_rate": "fast"}), "learning_rate"),
+            (
+                json!({"learning_rate": "fast"}),
+                "learning_rate cannot be \"fast\"",
+            ),
             (json!({"lora_r": 0}), "lora_r is 0; 1 to 512"),
             (json!({"lora_r": -1}), "lora_r"),
             (json!({"lora_dropout": 1}), "lora_dropout is 1; 0 to 0.9"),

@@ -47,6 +47,8 @@ pub fn save(weights: &Weights, path: &Path, dtype: DType) -> Result<(), TrainErr
         tensors.push((name.as_str(), tensor.detach().to_dtype(dtype)?.contiguous()?));
     }
     let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
+    // Made here, because safetensors makes files that nobody else may read.
+    std::fs::File::create(path)?;
     safetensors::serialize_to_file(tensors, Some(metadata), path).map_err(candle_core::Error::from)?;
     Ok(())
 }
