@@ -40,9 +40,8 @@ const INHERITED: [&str; 6] = [
     "GGML_VK_VISIBLE_DEVICES",
     "ZES_ENABLE_SYSMAN",
 ];
-/// Rounds that a computing thread waits awake for the others before it sleeps: about a microsecond. Longer is faster on
-/// an idle machine only; on a busy one it takes the processor from the very thread that is waited for. Measured with
-/// two threads beside two other busy processes: 1.2 ms a token with 100 rounds, 3.7 with 1,000, 12 to 80 without end.
+/// Rounds that a computing thread waits awake for the others before it sleeps, until the worker has seen how busy the
+/// machine is: about a microsecond.
 const SPIN_ROUNDS: &str = "100";
 /// Lines of a worker's log kept for its obituary.
 const LAST_WORDS: usize = 6;

@@ -45,7 +45,7 @@ async fn a_text_is_generated_and_streamed() {
         facts.engine
     );
 
-    let mut run = worker.run(work(raw("water flows", 40))).unwrap();
+    let mut run = worker.run(work(raw("water flows", 200))).unwrap();
     let mut pieces = Vec::new();
     let (output, meters) = loop {
         match run.next().await.unwrap() {
@@ -59,10 +59,11 @@ async fn a_text_is_generated_and_streamed() {
     };
     assert_eq!(finish, Finish::Length);
     assert_eq!(pieces.concat(), text);
-    assert!(pieces.len() > 5 && pieces.iter().all(|piece| !piece.is_empty()));
+    // Gathered for some milliseconds each.
+    assert!(pieces.len() > 1 && pieces.iter().all(|piece| !piece.is_empty()));
     assert_eq!(
         (meters.tokens_in, meters.tokens_out, meters.tokens_cached),
-        (11, 40, 0)
+        (11, 200, 0)
     );
     assert!(
         meters.peak_rss.0 > 1 << 20 && meters.cpu_ms.0 > 0 && meters.wall_ms.0 > 0,

@@ -1,6 +1,7 @@
 //! What a run takes from the machine.
 use std::time::Instant;
 
+use super::spin;
 use crate::protocol::Meters;
 use crate::unit::{Bytes, Millis};
 
@@ -55,14 +56,21 @@ pub(super) struct Stopwatch(Meter);
 
 impl Stopwatch {
     pub(super) fn start() -> Self {
+        spin::before_step();
         Self(Meter::start())
     }
 
     /// Microseconds on the wall and of the processor since the start.
     pub(super) fn stop(&self) -> (f64, f64) {
+        spin::after_step();
         let wall = self.0.began.elapsed().as_secs_f64() * 1e6;
         (wall, usage().0.saturating_sub(self.0.cpu_us) as f64)
     }
+}
+
+/// Microseconds of processor time of all threads so far.
+pub(super) fn cpu_us() -> u64 {
+    usage().0
 }
 
 /// The largest resident size of the process so far.

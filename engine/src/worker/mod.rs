@@ -13,6 +13,7 @@ mod meter;
 mod noop;
 mod post;
 mod sandbox;
+mod spin;
 mod train;
 
 use std::fs::File;
@@ -171,6 +172,7 @@ fn open(load: &Load, outlet: &Arc<Outlet>) -> Result<(Machine, Isolation), Engin
         kind => Some(check(load, kind)?),
     };
     prepare_environment(threads);
+    spin::watch(threads);
     let readable = checked.as_ref().map(|_| load.model.as_path());
     let isolation = sandbox::close(readable, load.adapters.as_deref(), None, load.memory_limit);
     let single = |engine: Box<dyn Engine>| Machine::Single(engine);
