@@ -3,7 +3,7 @@
 //! Lines of JSON, each ended by one newline, each in exactly one way of writing it (no spaces, fields in this order):
 //!
 //! ```text
-//! {"format":"karez-ledger/3","scheduler":KEY,"created":MS,"signature":HEX}
+//! {"format":"karez-ledger/4","scheduler":KEY,"created":MS,"signature":HEX}
 //! {"seq":0,"previous":HASH,"hash":HASH,"at":MS,"kind":"grant","legs":[[ACCOUNT,MICROCREDITS],…],"gist":HEX,"evidence":[BASE64,…]}
 //! {"seq":1, … ,"legs":[…],"gist":HEX,"dropped":HASH}
 //! …
@@ -13,7 +13,7 @@
 //! Hashes, gists and keys are lower-case hex; evidence is standard base64 of record envelopes. An entry whose records were
 //! dropped has their digest instead. `lines` is the BLAKE3 of every
 //! byte before the trailer; `checkpoint` is the signed tree head ([`crate::head`]). The signatures are the scheduler's (Ed25519), over the texts
-//! `KarezLedgerV1 header SCHEDULER CREATED` and
+//! `KarezLedgerV1 header karez-ledger/4 SCHEDULER CREATED` (without the format in `karez-ledger/3`, which is read too) and
 //! `KarezLedgerV1 trailer SCHEDULER CREATED ENTRIES HEAD BALANCES ROOT LINES`, with the tree's root. Hashes of entries and balances are defined in
 //! [`crate::book`].
 use crate::{
@@ -33,7 +33,9 @@ use serde::{Deserialize, Serialize};
 use std::io::Write;
 
 /// The first field of every export.
-pub const FORMAT: &str = "karez-ledger/3";
+pub const FORMAT: &str = "karez-ledger/4";
+/// That of exports of before, which are read too: no settlement's gist names a benchmark.
+pub const FORMAT_BEFORE: &str = "karez-ledger/3";
 /// The longest line, in bytes: base64 makes four of three.
 pub const LINE_BYTES_MAX: usize = ENTRY_BYTES_MAX / 3 * 4 + 64 * 1024;
 
@@ -81,7 +83,16 @@ pub(crate) struct Header {
 impl Header {
     /// What the scheduler signs. The trailer covers the header too; this names a fault in the header where it stands.
     pub(crate) fn message(&self) -> String {
-        format!("KarezLedgerV1 header {} {}", self.scheduler, self.created.0)
+        let Self {
+            format,
+            scheduler,
+            created,
+            ..
+        } = self;
+        match format.as_str() {
+            FORMAT_BEFORE => format!("KarezLedgerV1 header {scheduler} {}", created.0),
+            format => format!("KarezLedgerV1 header {format} {scheduler} {}", created.0),
+        }
     }
 }
 

@@ -9,7 +9,10 @@ use karez_ledger::{
     report::{Form, FormWriter, Month, Pseudonyms, StandingBuilder, Statement, StatementBuilder},
     verify_each,
 };
-use std::{path::PathBuf, process::Command};
+use std::{
+    path::{Path, PathBuf},
+    process::Command,
+};
 
 fn file() -> Vec<u8> {
     let mut book = Book::new(scheduler());
@@ -70,6 +73,73 @@ fn a_statement_adds_up_from_both_sides() {
     assert!(next.lent.is_empty());
 }
 
+/// Beside the raw meters, never in their place: what was measured is counted, what was not is said.
+#[test]
+fn the_reference_unit_counts_what_was_measured_and_says_what_was_not() {
+    let rows: Vec<serde_json::Value> = form(Form::Ndjson)
+        .0
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
+    let (mut measured, mut others) = (0, 0);
+    for row in &rows {
+        let billed = row["billed_ms"].as_u64().unwrap();
+        match row["benchmark"].as_str() {
+            Some("bench/1") => {
+                assert_eq!(row["reference_unit"], "ref/1");
+                assert_eq!(row["benchmark_tokens_per_second"], 250.0);
+                assert_eq!(row["reference_ms"].as_u64(), Some(billed * 5 / 2));
+                measured += billed * 5 / 2;
+            }
+            // An estimate, or nothing: in the row as it is, but no measure for comparing.
+            _ => {
+                assert!(
+                    row["reference_ms"].is_null() && row["reference_unit"].is_null(),
+                    "{row}"
+                );
+                others += u64::from(billed > 0);
+            }
+        }
+    }
+    assert!(measured > 0 && others > 0 && rows.iter().any(|row| row["benchmark"] == "probe/1"));
+    let used = statement("uni-nairobi", month());
+    let sum = |of: fn(&karez_ledger::report::Flow) -> u64| used.used.values().map(of).sum::<u64>();
+    assert_eq!(
+        (sum(|f| f.reference.0), sum(|f| f.unmeasured)),
+        (measured, others)
+    );
+    let text = used.text();
+    assert!(
+        text.starts_with("karez-statement/2\n") && text.contains("\nreference unit ref/1\n"),
+        "{text}"
+    );
+    assert!(
+        form(Form::Apel)
+            .0
+            .contains("ServiceLevelType: custom\nServiceLevel: 2.500000\n")
+    );
+    assert!(
+        form(Form::Auditor)
+            .0
+            .contains(r#""scores":[{"name":"bench/1","value":250.0}]"#)
+    );
+    assert!(form(Form::Focus).0.contains("reference_unit"));
+}
+
+/// A statement that was signed before the unit was there is still compared, line by line as it was then.
+#[test]
+fn a_statement_of_the_form_before_is_still_the_same() {
+    let ours = statement("uni-0", month());
+    let before = ours.as_in("karez-statement/1\n");
+    assert!(
+        before.starts_with("karez-statement/1\n") && !before.contains("reference"),
+        "{before}"
+    );
+    let name = format!("karez-statement/{}", scheduler());
+    let note = Note::sign(before, &name, &scheduler_secret());
+    assert_eq!(ours.is_signed(&note, &scheduler().0), Ok(true));
+}
+
 #[test]
 fn a_statement_is_signed_and_any_change_shows() {
     let ours = statement("uni-0", month());
@@ -84,6 +154,32 @@ fn a_statement_is_signed_and_any_change_shows() {
     let forged = Note::parse(std::str::from_utf8(&forged).unwrap()).unwrap();
     assert!(ours.is_signed(&forged, &scheduler().0).is_err());
     assert_eq!(ours.csv().lines().count(), 1 + ours.lent.len() + ours.used.len());
+}
+
+/// The rows of one order have one name, in whichever month they were settled: else the order would join two names.
+#[test]
+fn a_job_that_outlasts_a_month_joins_no_two_names() {
+    let asked = UtcMillis(month().start().0 - 1);
+    let old = order_with(1, 5, 9_000, |order| order.issued_at = asked);
+    let mut book = Book::new(scheduler());
+    let entries: Vec<Entry> = [
+        grant(1, 9_000),
+        reserve(&old, 9_000),
+        Part::of(&old, 0, 1).settle(),
+    ]
+    .into_iter()
+    .map(|p| book.append(AT, p).unwrap())
+    .collect();
+    let mut out = Vec::new();
+    let mut writer =
+        FormWriter::begin(&mut out, Form::Csv, Pseudonyms::new(b"s"), Some(month()), None).unwrap();
+    entries.iter().for_each(|entry| writer.take(entry).unwrap());
+    assert_eq!(writer.finish().unwrap(), 1);
+    let names = Pseudonyms::new(b"s");
+    let institution = "uni-nairobi".parse().unwrap();
+    let [then, now] = [Month::of(asked), month()].map(|m| names.name(user(1), &institution, m));
+    let text = String::from_utf8(out).unwrap();
+    assert!(text.contains(&then) && !text.contains(&now), "{text}");
 }
 
 /// What happens after a month changes nothing of how it ended.
@@ -241,27 +337,26 @@ fn fields(line: &str) -> Vec<String> {
     out
 }
 
-/// The FinOps Foundation's own validator, where it is installed: `pip install focus-validator "multimethod<2"`;
-/// KAREZ_FOCUS_VALIDATOR names the program where it is not on the path.
+/// A Python that has the FinOps Foundation's own validator, and the folder of its packages; nothing, and the reason printed,
+/// where PyPI cannot be reached.
+fn validator() -> Option<(PathBuf, PathBuf)> {
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../scripts/focus-validator");
+    let said = Command::new(script).output().unwrap();
+    if !said.status.success() {
+        println!("skipped: {}", String::from_utf8_lossy(&said.stderr).trim());
+        return None;
+    }
+    let python = PathBuf::from(String::from_utf8(said.stdout).unwrap().trim());
+    let code = "import focus_validator as f; from pathlib import Path; print(Path(f.__file__).parent.parent)";
+    let found = Command::new(&python).args(["-c", code]).output().unwrap();
+    assert!(found.status.success(), "{found:?}");
+    let home = PathBuf::from(String::from_utf8(found.stdout).unwrap().trim());
+    Some((python, home))
+}
+
 #[test]
 fn the_focus_form_passes_the_validator() {
-    let named = std::env::var_os("KAREZ_FOCUS_VALIDATOR").map(PathBuf::from);
-    let paths = std::env::var_os("PATH").unwrap_or_default();
-    let on_path = || std::env::split_paths(&paths).map(|dir| dir.join("focus-validator"));
-    let Some(program) = named.or_else(|| on_path().find(|program| program.is_file())) else {
-        println!("skipped: focus-validator is not installed");
-        return;
-    };
-    // It looks for its table of currencies from where it is run, so it is run where it is installed.
-    let lib = program.parent().unwrap().join("../lib");
-    let home = std::fs::read_dir(lib)
-        .into_iter()
-        .flatten()
-        .flatten()
-        .map(|item| item.path().join("site-packages"))
-        .find(|dir| dir.join("focus_validator").is_dir());
-    let Some(home) = home else {
-        println!("skipped: {} has no packages beside it", program.display());
+    let Some((python, home)) = validator() else {
         return;
     };
     let dir = tempfile::tempdir().unwrap();
@@ -269,7 +364,9 @@ fn the_focus_form_passes_the_validator() {
     let failed = |text: &str| {
         let path = dir.path().join("usage.csv");
         std::fs::write(&path, text).unwrap();
-        let output = Command::new(&program)
+        // It looks for its table of currencies from where it is run, so it is run where it is installed.
+        let output = Command::new(&python)
+            .args(["-c", "from focus_validator.main import main; main()"])
             .args(["--data-file".as_ref(), path.as_os_str()])
             .args(["--validate-version", "1.0"])
             .current_dir(&home)
@@ -301,4 +398,5 @@ fn the_focus_form_passes_the_validator() {
         rules.iter().any(|rule| rule.starts_with("BillingCurrency")),
         "{said}"
     );
+    println!("focus-validator ran from {}", home.display());
 }

@@ -639,6 +639,7 @@ impl Node {
             method: "rusage+wall/1".into(),
             taken_at: utc(),
             mono: MonoMillis(1),
+            benchmark: None,
         };
         let reading = Signed::sign(reading, &self.secret);
         let usage = Usage {

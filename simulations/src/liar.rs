@@ -128,6 +128,7 @@ fn resign(
         method: "wall+rusage/1".into(),
         taken_at: usage.ended_at,
         mono: karez_core::unit::MonoMillis(1),
+        benchmark: None,
     };
     let reading = Signed::sign(reading, secret);
     usage.last_reading = reading.id();

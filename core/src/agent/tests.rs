@@ -68,7 +68,11 @@ struct Bench {
 
 impl Bench {
     fn new() -> Self {
-        let agent = Agent::restore(config(), Now::default(), &[]).unwrap();
+        Self::with(config())
+    }
+
+    fn with(config: AgentConfig) -> Self {
+        let agent = Agent::restore(config, Now::default(), &[]).unwrap();
         let mut bench = Self {
             agent,
             disk: BTreeMap::new(),
@@ -715,4 +719,44 @@ fn a_report_names_what_that_scheduler_holds_and_nothing_else() {
     };
     assert_eq!(held(scheduler(S)), Some(vec![expected]));
     assert_eq!(held(scheduler(S + 1)), Some(Vec::new()));
+}
+
+/// Readings name what offers say of a CPU slot; of a GPU nothing is known.
+#[test]
+fn a_reading_names_the_benchmark_of_its_device() {
+    let mut config = config();
+    let of = |config: &AgentConfig, class: &str| upkeep::benchmark(config, class);
+    assert_eq!(of(&config, "cpu/x86-64-v3"), None, "it runs no model");
+    config.engines.push(Engine {
+        name: "llama.cpp".into(),
+        version: "1".into(),
+        work: WorkKind::Generate,
+        speed: Speed(110_000),
+        method: "bench/1".into(),
+    });
+    let measured = of(&config, "cpu/x86-64-v3").unwrap();
+    assert_eq!(
+        (measured.version.as_str(), measured.speed),
+        ("bench/1", Speed(110_000))
+    );
+    assert_eq!(
+        (of(&config, "cuda/NVIDIA H200"), of(&config, "server/llama")),
+        (None, None)
+    );
+
+    config.devices[0].class = "cpu/x86-64-v3".into();
+    let mut bench = Bench::with(config);
+    let mut ask = ask_for(order(1, |_| {}), 1);
+    ask.device_class = "cpu/x86-64-v3".into();
+    let key = ask.key;
+    assert_eq!(bench.ask(S, ask), "granted, start");
+    bench.wait(1_500);
+    bench.tell(exited(key, Exit::Done(blob("r"))));
+    let out = bench.tell(Event::Pushed { key });
+    let readings = out.iter().find_map(|effect| match effect {
+        Effect::Send(_, ToScheduler::Finished(finished)) => Some(&finished.readings),
+        _ => None,
+    });
+    let readings = readings.unwrap();
+    assert!(readings.len() > 1 && readings.iter().all(|r| r.benchmark.as_ref() == Some(&measured)));
 }

@@ -9,7 +9,10 @@ use crate::{
     id::{JobId, LeaseKey, PartIndex},
     key::SchedulerId,
     prelude::*,
-    records::{MeterReading, Meters, NodeState, OFFER_CACHED_MAX, Offer, Outcome, Signed, Verified},
+    records::{
+        BENCHMARK_BYTES_MAX, Benchmark, Engine, MeterReading, Meters, NodeState, OFFER_CACHED_MAX, Offer,
+        Outcome, Signed, Verified, WorkKind,
+    },
     store::{Change, put},
     unit::{Millis, Now},
 };
@@ -232,8 +235,22 @@ pub(super) fn sign_reading(
         method: holding.method(),
         taken_at: now.utc,
         mono: now.mono,
+        benchmark: benchmark(config, &holding.lease.device_class),
     };
     Signed::sign(reading, &config.secret)
+}
+
+/// What one device of a class does with the reference model, as the node's own offers say. That is the speed of a CPU slot:
+/// GPUs and provided servers were not measured with it.
+pub(super) fn benchmark(config: &AgentConfig, class: &str) -> Option<Benchmark> {
+    let slot = |engine: &&Engine| engine.work == WorkKind::Generate && class.starts_with("cpu/");
+    let measured = config.engines.iter().find(slot)?;
+    (1..=BENCHMARK_BYTES_MAX)
+        .contains(&measured.method.len())
+        .then(|| Benchmark {
+            version: measured.method.clone(),
+            speed: measured.speed,
+        })
 }
 
 /// A cause fit for a record: one line, bounded, no control characters.

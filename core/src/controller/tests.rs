@@ -344,6 +344,7 @@ fn finished(node: &str, lease: Verified<Lease>, ms: u64, change: impl FnOnce(&mu
             method: "test/1".into(),
             taken_at: UtcMillis(START),
             mono: MonoMillis(1),
+            benchmark: None,
         },
         &secret_of(node),
     );

@@ -8,7 +8,7 @@ use crate::{
     id::RecordId,
     key::{NodeId, PublicKey},
     prelude::*,
-    unit::{Bytes, DeviceMillis, Millis, MonoMillis, UtcMillis},
+    unit::{Bytes, DeviceMillis, Millis, MonoMillis, Speed, UtcMillis},
 };
 use karez_proto::records as wire;
 use serde::{Deserialize, Serialize};
@@ -119,6 +119,31 @@ impl From<wire::Meters> for Meters {
     }
 }
 
+/// What a device was measured to do before, by its node: with it, device time of unlike machines can be compared. The raw
+/// meters stay what is billed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Benchmark {
+    /// Which measurement, at most [`BENCHMARK_BYTES_MAX`] bytes: `bench/1` runs the pinned reference model, `probe/1` estimates.
+    pub version: String,
+    /// What one device of the lease's class does, in the unit of that measurement: tokens per second of the reference model.
+    pub speed: Speed,
+}
+
+/// Bytes of a benchmark's version at most.
+pub const BENCHMARK_BYTES_MAX: usize = 32;
+
+impl Benchmark {
+    fn from_wire(f: Fields, w: wire::Benchmark) -> Result<Self, RecordError> {
+        if w.version.is_empty() {
+            return Err(f.bad("benchmark.version", "is empty"));
+        }
+        Ok(Self {
+            version: f.text("benchmark.version", w.version, BENCHMARK_BYTES_MAX)?,
+            speed: Speed(f.within("benchmark.speed_milli", w.speed_milli, 1_000_000_000_000)?),
+        })
+    }
+}
+
 /// The meters of a lease at one moment; each names the reading before it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MeterReading {
@@ -138,6 +163,9 @@ pub struct MeterReading {
     pub taken_at: UtcMillis,
     /// When, on the node's monotonic clock.
     pub mono: MonoMillis,
+    /// What a device of the lease's class does; none where it was not measured, and in records of before.
+    #[serde(default)]
+    pub benchmark: Option<Benchmark>,
 }
 
 impl Record for MeterReading {
@@ -159,6 +187,10 @@ impl Record for MeterReading {
             method: self.method.clone(),
             taken_at: self.taken_at.0,
             mono_ms: self.mono.0,
+            benchmark: self.benchmark.as_ref().map(|b| wire::Benchmark {
+                version: b.version.clone(),
+                speed_milli: b.speed.0,
+            }),
         }
     }
 
@@ -173,6 +205,7 @@ impl Record for MeterReading {
             method: f.text("method", w.method, 64)?,
             taken_at: UtcMillis(f.within("taken_at", w.taken_at, UTC_MAX)?),
             mono: MonoMillis(w.mono_ms),
+            benchmark: w.benchmark.map(|b| Benchmark::from_wire(f, b)).transpose()?,
         })
     }
 }
@@ -283,5 +316,50 @@ impl Record for Usage {
             started_at: UtcMillis(f.within("started_at", w.started_at, UTC_MAX)?),
             ended_at: UtcMillis(f.within("ended_at", w.ended_at, UTC_MAX)?),
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::id::Digest;
+
+    fn reading(benchmark: Option<Benchmark>) -> MeterReading {
+        MeterReading {
+            lease: Digest([1; 32]),
+            node: NodeId(PublicKey::of(&crate::key::SecretKey::from_bytes(&[2; 32]))),
+            sequence: 0,
+            previous: None,
+            meters: Meters::default(),
+            method: "wall+rusage/1".into(),
+            taken_at: UtcMillis(1),
+            mono: MonoMillis(2),
+            benchmark,
+        }
+    }
+
+    #[test]
+    fn readings_with_and_without_a_benchmark_are_read_as_they_were_written() {
+        let measured = Benchmark {
+            version: "bench/1".into(),
+            speed: Speed(123_456),
+        };
+        for benchmark in [None, Some(measured)] {
+            let reading = reading(benchmark);
+            assert_eq!(MeterReading::from_wire(reading.to_wire()), Ok(reading));
+        }
+        for (version, speed_milli, field) in [
+            ("", 1, "benchmark.version"),
+            ("a benchmark with a name longer than any", 1, "benchmark.version"),
+            ("bench/1", u64::MAX, "benchmark.speed_milli"),
+        ] {
+            let mut wire = reading(None).to_wire();
+            wire.benchmark = Some(wire::Benchmark {
+                version: version.into(),
+                speed_milli,
+            });
+            let error = MeterReading::from_wire(wire).unwrap_err().to_string();
+            assert!(error.contains(field), "{field}: {error}");
+        }
     }
 }

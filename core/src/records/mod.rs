@@ -23,7 +23,7 @@ pub use envelope::{
 };
 pub use funding::{Beneficiary, CreditLimit, Grant, Payment, RateCard};
 pub use lease::Lease;
-pub use meter::{MeterReading, Meters, Outcome, Usage};
+pub use meter::{BENCHMARK_BYTES_MAX, Benchmark, MeterReading, Meters, Outcome, Usage};
 pub use offer::{
     DataClass, Device, Engine, LICENCE_BYTES_MAX, NodeState, OFFER_CACHED_MAX, Offer, OwnerPolicy, TERMS_MAX,
     Tier, WorkKind,

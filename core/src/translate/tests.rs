@@ -88,6 +88,7 @@ fn reading(sequence: u32) -> Verified<MeterReading> {
         method: "rusage+wall/1".into(),
         taken_at: UtcMillis(13),
         mono: MonoMillis(1),
+        benchmark: None,
     };
     Signed::sign(reading, &secret(3))
 }

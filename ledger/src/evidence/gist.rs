@@ -5,7 +5,8 @@
 //! be just what they give; afterwards it stands for them. All integers are big-endian.
 //!
 //! ```text
-//! settle  = lease[16] receipt[16] done:u8 part[16] billed:u64 len:u8 user_institution len:u8 device_class
+//! settle  = lease[16] receipt[16] done:u8 part[16] billed:u64 len:u8 user_institution len:u8 device_class benchmark?
+//! benchmark = speed:u64 len:u8 version       of the last reading, where that names one
 //! reserve = user[32]
 //! accept  = answered[16]
 //! ```
@@ -20,7 +21,8 @@ use karez_core::{
     id::Institution,
     key::{PublicKey, UserId},
     money::{Account, Posting, PostingKind},
-    unit::DeviceMillis,
+    records::Benchmark,
+    unit::{DeviceMillis, Speed},
 };
 
 /// The longest gist, in bytes.
@@ -46,6 +48,10 @@ pub(super) fn of(claim: &Claim) -> Vec<u8> {
             out.extend_from_slice(&settled.billed.0.to_be_bytes());
             text(&mut out, settled.user_institution.as_str());
             text(&mut out, &settled.device_class);
+            if let Some(benchmark) = &settled.benchmark {
+                out.extend_from_slice(&benchmark.speed.0.to_be_bytes());
+                text(&mut out, &benchmark.version);
+            }
         }
         Claim::Reserve(reserved) => out.extend_from_slice(&reserved.user.0.0),
         Claim::Answer(answer) if answer.frozen.is_none() => {
@@ -92,6 +98,10 @@ pub(super) fn read(posting: &Posting, gist: &[u8]) -> Option<Claim> {
                 institution: institution.clone(),
                 user_institution: word(&mut rest)?.parse::<Institution>().ok()?,
                 device_class: word(&mut rest)?.to_owned(),
+                benchmark: match rest.is_empty() {
+                    true => None,
+                    false => Some(benchmark(&mut rest)?),
+                },
             })
         }
         PostingKind::Reserve => {
@@ -115,6 +125,12 @@ pub(super) fn read(posting: &Posting, gist: &[u8]) -> Option<Claim> {
         _ => return None,
     };
     rest.is_empty().then_some(claim)
+}
+
+fn benchmark(rest: &mut &[u8]) -> Option<Benchmark> {
+    let speed = Speed(u64::from_be_bytes(array(rest)?));
+    let version = word(rest).filter(|version| !version.is_empty())?.to_owned();
+    Some(Benchmark { version, speed })
 }
 
 fn array<const N: usize>(rest: &mut &[u8]) -> Option<[u8; N]> {
@@ -142,6 +158,7 @@ pub(crate) struct Remains {
     pub(crate) device_class: String,
     pub(crate) billed: DeviceMillis,
     pub(crate) credits: karez_core::unit::Credits,
+    pub(crate) benchmark: Option<Benchmark>,
 }
 
 /// Of a settlement, from its gist.
@@ -153,6 +170,7 @@ pub(crate) fn remains(posting: &Posting, gist: &[u8]) -> Option<Remains> {
             device_class: settled.device_class,
             billed: settled.billed,
             credits: settled.credits,
+            benchmark: settled.benchmark,
         }),
         _ => None,
     }

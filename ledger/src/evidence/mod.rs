@@ -40,7 +40,7 @@ use karez_core::{
     id::{Digest, Institution, JobId, LeaseKey, RecordId},
     key::{KeyError, PublicKey, SchedulerId, UserId},
     money::{Account, Posting, PostingKind},
-    records::{Grant, SignatureCheck, Strict, WorkKind},
+    records::{Benchmark, Grant, SignatureCheck, Strict, WorkKind},
     unit::{Credits, DeviceMillis, UtcMillis},
 };
 
@@ -166,6 +166,8 @@ pub(crate) struct Settled {
     pub(crate) institution: Institution,
     user_institution: Institution,
     device_class: String,
+    /// What a device of that class was measured to do, if its readings say.
+    benchmark: Option<Benchmark>,
 }
 
 /// The records behind a settlement.

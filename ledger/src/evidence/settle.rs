@@ -93,6 +93,7 @@ pub(super) fn examine(
         institution: lease.institution.clone(),
         user_institution: receipt.user_institution.clone(),
         device_class: lease.device_class.clone(),
+        benchmark: last.benchmark.clone(),
     })
 }
 

@@ -1,5 +1,6 @@
 //! Usage in the forms that other systems read, a record per settled lease. Fields: `docs/accounting.md`.
 use super::{
+    reference,
     settlement::{Pseudonyms, Settlement},
     time::{Month, rfc3339},
 };
@@ -8,7 +9,7 @@ use karez_core::{
     id::Institution,
     money::PostingKind,
     records::{Outcome, RateCard, Signed, Verified},
-    unit::{Credits, UtcMillis},
+    unit::{Credits, DeviceMillis, UtcMillis},
 };
 use serde_json::json;
 use std::{
@@ -204,7 +205,7 @@ fn xml(text: &str) -> String {
 }
 
 /// The columns of the plain forms.
-const PLAIN: [&str; 40] = [
+const PLAIN: [&str; 44] = [
     "entry",
     "posted_at",
     "receipt",
@@ -245,6 +246,10 @@ const PLAIN: [&str; 40] = [
     "rate_card",
     "flags",
     "disputable_until",
+    "benchmark",
+    "benchmark_tokens_per_second",
+    "reference_unit",
+    "reference_ms",
 ];
 
 /// The columns of FOCUS 1.0, in the order of its names.
@@ -308,6 +313,11 @@ fn seconds(ms: u64) -> u64 {
     ms.div_ceil(1000)
 }
 
+/// Thousandths as a decimal number.
+fn thousandths(milli: u64) -> f64 {
+    milli as f64 / 1000.0
+}
+
 /// Credits with six decimals.
 fn decimal(micro: u64) -> String {
     Credits(micro).to_string()
@@ -322,10 +332,28 @@ impl Row {
             entry: entry.seq,
             posted_at: entry.at,
             month,
-            user: names.name(receipt.user, &receipt.user_institution, month),
+            // Of the month in which it was asked for: a job that is settled in two months would otherwise join two names.
+            user: names.name(
+                receipt.user,
+                &receipt.user_institution,
+                Month::of(settled.order.issued_at),
+            ),
             standard: rate.and_then(|rate| rate.bill(receipt.billed)),
             settled,
         }
+    }
+
+    /// What was billed, in the unit that all machines are compared in.
+    fn reference(&self) -> Option<DeviceMillis> {
+        let Settlement { reading, receipt, .. } = &self.settled;
+        reference::reference_time(reading.benchmark.as_ref(), receipt.billed)
+    }
+
+    /// How many reference devices one device of the lease is, with six decimals; none where it was not measured.
+    fn service_level(&self) -> Option<String> {
+        let second = DeviceMillis(1_000_000_000);
+        let ms = reference::reference_time(self.settled.reading.benchmark.as_ref(), second)?.0;
+        Some(format!("{}.{:06}", ms / 1_000_000_000, ms / 1_000 % 1_000_000))
     }
 
     fn flags(&self) -> String {
@@ -384,6 +412,10 @@ impl Row {
             json!(receipt.rate_card),
             json!(self.flags()),
             json!(rfc3339(receipt.disputable_until)),
+            json!(reading.benchmark.as_ref().map(|b| b.version.as_str())),
+            json!(reading.benchmark.as_ref().map(|b| thousandths(b.speed.0))),
+            json!(self.reference().map(|_| reference::UNIT)),
+            json!(self.reference().map(|ms| ms.0)),
         ]
     }
 
@@ -469,12 +501,13 @@ impl Row {
             receipt,
             ..
         } = &self.settled;
+        let level = self.service_level();
         format!(
             "Site: {site}\nSubmitHost: {scheduler}\nMachineName: {node}\nQueue: {queue}\n\
              LocalJobId: {job}.{part}.{fence}\nLocalUserId: {user}\nGlobalUserName: {user}\nVO: {vo}\n\
              WallDuration: {wall}\nCpuDuration: {cpu}\nProcessors: {devices}\nNodeCount: 1\nStartTime: {start}\n\
              EndTime: {end}\nInfrastructureDescription: KAREZ\nInfrastructureType: grid\nMemoryReal: {memory}\n\
-             ServiceLevelType: custom\nServiceLevel: 1\n",
+             ServiceLevelType: custom\nServiceLevel: {level}\n",
             site = self.site(),
             scheduler = receipt.scheduler,
             node = lease.node,
@@ -490,6 +523,8 @@ impl Row {
             start = usage.started_at.0 / 1000,
             end = usage.ended_at.0 / 1000,
             memory = usage.meters.memory_peak.0 / 1024,
+            // Whoever multiplies by it gets the time of the reference device; by 1, what the clock said.
+            level = level.as_deref().unwrap_or("1"),
         )
     }
 
@@ -529,14 +564,20 @@ impl Row {
             ..
         } = &self.settled;
         let m = &usage.meters;
+        // What a device is worth beside others is told of the times that devices were held.
+        let scores = match &self.settled.reading.benchmark {
+            Some(b) => json!([{"name": b.version, "value": thousandths(b.speed.0)}]),
+            None => json!([]),
+        };
+        let held = |name: &str, amount: u64| json!({"name": name, "amount": amount, "scores": scores});
         let component = |name: &str, amount: u64| json!({"name": name, "amount": amount, "scores": []});
         let mut components = vec![
             component(
                 if self.settled.gpu() { "GPUs" } else { "CPUs" },
                 lease.devices.into(),
             ),
-            component("DeviceMilliseconds", m.device_ms.0),
-            component("BilledMilliseconds", receipt.billed.0),
+            held("DeviceMilliseconds", m.device_ms.0),
+            held("BilledMilliseconds", receipt.billed.0),
             component("CpuMilliseconds", m.cpu.0),
             component("MemoryPeakBytes", m.memory_peak.0),
             component("MemoryByteSeconds", m.memory_byte_seconds),
@@ -590,12 +631,16 @@ impl Row {
         // A charge period has a length, even where the work took less than a second.
         let start = usage.started_at;
         let end = UtcMillis(usage.ended_at.0.max(start.0 + 1_000));
-        let tags = json!({
+        let mut tags = json!({
             "work": order.work.kind().as_str(),
             "outcome": usage.outcome.as_str(),
             "user": self.user,
             "receipt": receipt.id().to_string(),
         });
+        if let Some(ms) = self.reference() {
+            tags["reference_unit"] = json!(reference::UNIT);
+            tags["reference_hours"] = json!(hours(ms.0));
+        }
         let kind = order.work.kind().as_str();
         let class = &lease.device_class;
         let text = |value: &dyn fmt::Display| value.to_string();

@@ -5,6 +5,7 @@
 //! Every field is described in `docs/accounting.md`.
 mod forms;
 mod netting;
+pub mod reference;
 mod settlement;
 mod standing;
 mod statement;

@@ -1,6 +1,7 @@
 //! One institution's month: what it lent and used, with whom, what was disputed, granted and paid, and where it stands.
 use super::{
     netting::{Age, Netting},
+    reference,
     time::{Month, rfc3339},
 };
 use crate::{
@@ -17,7 +18,9 @@ use karez_core::{
 };
 use std::collections::{BTreeMap, HashMap};
 
-const FORM: &str = "karez-statement/1";
+const FORM: &str = "karez-statement/2";
+/// That of statements of before: without the reference unit.
+const FORM_BEFORE: &str = "karez-statement/1";
 const SIGNER: &str = "karez-statement/";
 
 /// What went from a provider to a user's institution.
@@ -33,6 +36,10 @@ pub struct Flow {
     pub refunded: Credits,
     /// The same device time at the standard rates; device classes that no card knows count for nothing.
     pub standard: Credits,
+    /// The same device time on the reference device, as far as machines were measured ([`reference`]).
+    pub reference: DeviceMillis,
+    /// Receipts that bill time of machines that were not.
+    pub unmeasured: u64,
 }
 
 /// One institution's month.
@@ -174,11 +181,16 @@ impl StatementBuilder {
         let standard = rate
             .and_then(|rate| rate.bill(settled.billed))
             .unwrap_or(Credits::ZERO);
+        let reference = reference::reference_time(settled.benchmark.as_ref(), settled.billed);
         for flow in self.flows(user, provider) {
             flow.receipts += 1;
             flow.billed = flow.billed.saturating_add(settled.billed);
             flow.credits = flow.credits.saturating_add(settled.credits);
             flow.standard = flow.standard.saturating_add(standard);
+            match reference {
+                Some(ms) => flow.reference = flow.reference.saturating_add(ms),
+                None => flow.unmeasured += u64::from(settled.billed.0 > 0),
+            }
         }
     }
 
@@ -255,8 +267,12 @@ fn credits(micro: i128) -> String {
 impl Statement {
     /// As text, one way only, so that two who compute it get the same bytes.
     pub fn text(&self) -> String {
+        self.text_in(FORM)
+    }
+
+    fn text_in(&self, form: &str) -> String {
         let mut out = format!(
-            "{FORM}\nledger {}\nentries {} root {}\ninstitution {}\nmonth {} (UTC)\nperiod {} to {}\n",
+            "{form}\nledger {}\nentries {} root {}\ninstitution {}\nmonth {} (UTC)\nperiod {} to {}\n",
             self.scheduler,
             self.entries,
             self.root,
@@ -268,10 +284,18 @@ impl Statement {
         for (title, flows) in [("lent to", &self.lent), ("used of", &self.used)] {
             for (name, flow) in flows {
                 out += &format!(
-                    "{title} {name}: receipts {} device-ms {} credits {} refunded {} standard {}\n",
+                    "{title} {name}: receipts {} device-ms {} credits {} refunded {} standard {}",
                     flow.receipts, flow.billed.0, flow.credits, flow.refunded, flow.standard
                 );
+                if form != FORM_BEFORE {
+                    let (ms, unmeasured) = (flow.reference.0, flow.unmeasured);
+                    out += &format!(" reference-ms {ms} unmeasured {unmeasured}");
+                }
+                out.push('\n');
             }
+        }
+        if form != FORM_BEFORE {
+            out += &format!("reference unit {}\n", reference::UNIT);
         }
         out += &format!("rate card {}\n", self.rate_card);
         for (what, micro) in [
@@ -294,19 +318,23 @@ impl Statement {
     /// As CSV, a line per counterpart and direction; credits as decimal numbers.
     pub fn csv(&self) -> String {
         let mut out = String::from(
-            "month,institution,direction,counterpart,receipts,device_ms,credits,refunded,standard_value\n",
+            "month,institution,direction,counterpart,receipts,device_ms,credits,refunded,standard_value,reference_unit,\
+             reference_ms,unmeasured_receipts\n",
         );
         for (direction, flows) in [("lent", &self.lent), ("used", &self.used)] {
             for (name, flow) in flows {
                 out += &format!(
-                    "{},{},{direction},{name},{},{},{},{},{}\n",
+                    "{},{},{direction},{name},{},{},{},{},{},{},{},{}\n",
                     self.month,
                     self.institution,
                     flow.receipts,
                     flow.billed.0,
                     flow.credits,
                     flow.refunded,
-                    flow.standard
+                    flow.standard,
+                    reference::UNIT,
+                    flow.reference.0,
+                    flow.unmeasured
                 );
             }
         }
@@ -322,6 +350,14 @@ impl Statement {
     /// Is `note` this statement, signed by `key`?
     pub fn is_signed(&self, note: &Note, key: &PublicKey) -> Result<bool, NoteError> {
         note.verify(&format!("{SIGNER}{key}"), key)?;
-        Ok(note.text() == self.text())
+        Ok(note.text() == self.as_in(note.text()))
+    }
+
+    /// As [`Self::text`], in the form that another statement has.
+    pub fn as_in(&self, other: &str) -> String {
+        match other.lines().next() {
+            Some(FORM_BEFORE) => self.text_in(FORM_BEFORE),
+            _ => self.text(),
+        }
     }
 }

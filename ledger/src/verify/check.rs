@@ -8,13 +8,13 @@ use crate::{
     batch::Checker,
     book::{BookError, ENTRY_BYTES_MAX, Entry},
     evidence::{EvidenceError, Examined, GIST_MAX, examine_digested, examine_dropped},
-    export::{FORMAT, Header},
+    export::{FORMAT, FORMAT_BEFORE, Header},
 };
 use base64::{Engine, prelude::BASE64_STANDARD};
 use karez_core::{id::Digest, key::SchedulerId, money::Posting, records::to_check, unit::UtcMillis};
 
 pub(super) fn check_header(header: &Header, options: &VerifyOptions) -> Result<(), FaultKind> {
-    if header.format != FORMAT {
+    if ![FORMAT, FORMAT_BEFORE].contains(&header.format.as_str()) {
         let found = header.format.chars().take(40).collect();
         return Err(FaultKind::Format { found });
     }

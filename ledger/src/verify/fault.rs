@@ -2,7 +2,7 @@
 use crate::{
     book::BookError,
     evidence::EvidenceError,
-    export::FORMAT,
+    export::{FORMAT, FORMAT_BEFORE},
     head::{Head, HeadError},
     tree::TreeHash,
 };
@@ -46,7 +46,7 @@ pub enum FaultKind {
     )]
     NotCanonical,
     /// Another format.
-    #[error("the format is {found:?}, this verifier reads {FORMAT:?}")]
+    #[error("the format is {found:?}, this verifier reads {FORMAT:?} and {FORMAT_BEFORE:?}")]
     Format {
         /// What the header says.
         found: String,

@@ -6,11 +6,11 @@ use karez_core::{
     key::{NodeId, PublicKey, SchedulerId, SecretKey, UserId},
     money::{Account, Posting, PostingKind},
     records::{
-        Acceptance, Beneficiary, Constraints, CreditLimit, Delegation, Dispute, Flag, Grant, Invitation,
-        Lease, MeterReading, Meters, Order, Outcome, Payment, RateCard, Receipt, Role, Ruling, Signed, Usage,
-        Verified, Work,
+        Acceptance, Benchmark, Beneficiary, Constraints, CreditLimit, Delegation, Dispute, Flag, Grant,
+        Invitation, Lease, MeterReading, Meters, Order, Outcome, Payment, RateCard, Receipt, Role, Ruling,
+        Signed, Usage, Verified, Work,
     },
-    unit::{Bytes, Credits, DeviceMillis, Millis, MonoMillis, Rate, UtcMillis},
+    unit::{Bytes, Credits, DeviceMillis, Millis, MonoMillis, Rate, Speed, UtcMillis},
 };
 
 pub const AT: UtcMillis = UtcMillis(1_790_000_000_000);
@@ -129,6 +129,7 @@ pub struct Part<'a> {
     pub reading: Box<dyn Fn(&mut MeterReading) + 'a>,
     pub usage: Box<dyn Fn(&mut Usage) + 'a>,
     pub receipt: Box<dyn Fn(&mut Receipt) + 'a>,
+    pub benchmark: Option<Benchmark>,
     pub node_signs: SecretKey,
     pub scheduler_signs: SecretKey,
 }
@@ -148,6 +149,13 @@ impl<'a> Part<'a> {
             reading: Box::new(|_| {}),
             usage: Box::new(|_| {}),
             receipt: Box::new(|_| {}),
+            // The machine of the second part was only estimated, that of the third not even that.
+            benchmark: [Some(("bench/1", 250_000)), Some(("probe/1", 40_000)), None][part as usize % 3].map(
+                |(version, speed)| Benchmark {
+                    version: version.into(),
+                    speed: Speed(speed),
+                },
+            ),
             node_signs: node_secret(part as u8),
             scheduler_signs: scheduler_secret(),
         }
@@ -191,6 +199,7 @@ impl<'a> Part<'a> {
                 method: "rusage+wall/1".into(),
                 taken_at: UtcMillis(AT.0 + share),
                 mono: MonoMillis(share),
+                benchmark: self.benchmark.clone(),
             };
             (self.reading)(&mut reading);
             let reading = Signed::sign(reading, &self.node_signs);
