@@ -9,6 +9,7 @@ use crate::{
 use karez_core::{
     agent::{Agent, AgentConfig, Counted, Effect, Event, Exit, OwnerCommand, WorkerMeters},
     artifact::{ArtifactKind, ArtifactRef},
+    controller::work_units,
     exchange::{FinishedLease, ToNode, ToScheduler},
     id::{Digest, LeaseKey},
     records::{NodeState, Order, Verified, Work},
@@ -540,7 +541,10 @@ impl World {
             Work::Generate(g) => (0, text.max(items) + items * u64::from(g.max_tokens)),
             Work::Train(t) => (0, items * u64::from(t.tokens_per_step)),
         };
-        (fixed + tokens * 1_000_000 / speed, tokens)
+        (
+            fixed + work_units(&order.work, tokens) * 1_000_000 / speed,
+            tokens,
+        )
     }
 
     pub(crate) fn worker_ends(&mut self, n: usize, key: LeaseKey, stopped: bool) {

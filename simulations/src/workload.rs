@@ -308,7 +308,7 @@ impl World {
         let items = rng.between(1, 60);
         let model = |rng: &mut Rng, kind| ArtifactRef {
             digest: Digest::of(&[rng.below(3) as u8]),
-            bytes: Bytes(rng.between(1, 100) << 20),
+            bytes: Bytes(rng.between(50, 700) << 20),
             kind,
         };
         let work = match rng.below(10) {

@@ -96,7 +96,7 @@ fn every_broken_promise_is_noticed() {
         (MoveAll, &["were moved within an hour"]),
     ] {
         let mut rules = Vec::new();
-        let noticed = (0..30).any(|seed| {
+        let noticed = (0..150).any(|seed| {
             let setup = Setup {
                 sabotage: Some(sabotage),
                 liars_per_mille: 0,

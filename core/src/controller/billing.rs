@@ -1,7 +1,7 @@
 //! From a node's usage to a countersigned receipt and a balanced posting.
 use super::{
     Effect,
-    job::{JOBS, JobState, Part},
+    job::{JOBS, JobState, Part, work_units},
     mind::{Controller, SHARES},
 };
 use crate::{
@@ -11,7 +11,7 @@ use crate::{
     market::Shown,
     money::{Account, Posting, PostingKind},
     prelude::*,
-    records::{Flag, Meters, Outcome, Receipt, Signed, Verified, WorkKind, check_trail},
+    records::{Flag, Meters, Outcome, Receipt, Signed, Verified, Work, check_trail},
     store::{Change, put},
     unit::{Credits, DeviceMillis, Millis, Now, Rate},
 };
@@ -238,6 +238,7 @@ impl Controller {
         };
         job.spent = job.spent.saturating_add(credits);
         let kind = job.order.work.kind();
+        let shown = measured(&job.order.work, &usage.meters);
         let sequence = job.order.work.in_sequence();
         let Some(part) = job.parts.get_mut(key.part as usize) else {
             return;
@@ -259,8 +260,7 @@ impl Controller {
             part.result = usage.result;
             part.left = None;
             part.items_done = part.items;
-            self.market
-                .note_success(&node, kind, measured(kind, &usage.meters));
+            self.market.note_success(&node, kind, shown);
             self.set_part(now, &key, JobState::Done, String::new(), out);
             let Some(job) = self.jobs.get_mut(&key.job) else {
                 return;
@@ -320,12 +320,18 @@ struct Standing {
 
 /// What a finished lease showed of its node's speed. Loading its model does not count: the next lease may find it
 /// warm, and the longer the work the less it matters.
-fn measured(kind: WorkKind, meters: &Meters) -> Option<Shown> {
-    let units = match kind {
-        // A no-op's time is given, not achieved; a training token costs as much as its model is large.
-        WorkKind::Noop | WorkKind::Train => return None,
-        WorkKind::Embed | WorkKind::Generate => meters.tokens_in.saturating_add(meters.tokens_out),
+fn measured(work: &Work, meters: &Meters) -> Option<Shown> {
+    let units = match work {
+        // A no-op's time is given, not achieved; what a training step costs depends on more than its tokens.
+        Work::Noop { .. } | Work::Train(_) => return None,
+        Work::Embed { .. } | Work::Generate(_) => {
+            let tokens = meters.tokens_in.saturating_add(meters.tokens_out);
+            if tokens == 0 {
+                return None;
+            }
+            work_units(work, tokens)
+        }
     };
     let time = meters.device_ms.saturating_sub(meters.loading);
-    (time.0 > 0 && units > 0).then_some(Shown { units, time })
+    (time.0 > 0).then_some(Shown { units, time })
 }

@@ -96,6 +96,16 @@ pub struct Job {
 
 /// Bytes of the model that speeds of training are told for.
 const TRAIN_REFERENCE: u128 = 220_000_000;
+/// Bytes of the model that speeds of generation are told for: 1.1 billion numbers in Q4_0. Every token reads the whole
+/// model from memory.
+const GENERATE_REFERENCE: u128 = 620_000_000;
+/// Bytes of the model that speeds of embedding are told for: all-MiniLM-L6-v2.
+const EMBED_REFERENCE: u128 = 91_000_000;
+/// A part should take so long on the machine that is expected to do it: what is lost with a machine stays small, and
+/// faster machines find parts left to take.
+const PART_MILLIS: u64 = 5 * 60_000;
+/// Parts of fewer items cost more than they bring.
+const PART_ITEMS_MIN: u64 = 16;
 
 /// One part of a job: the unit that is placed, leased and billed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -162,15 +172,25 @@ impl Part {
 }
 
 impl Job {
-    /// Cuts an order into parts. `slots` is how many parts could run at once now.
-    pub(super) fn new(order: Verified<Order>, label: String, at: UtcMillis, slots: u64) -> Self {
+    /// Cuts an order into parts. `slots` is how many parts could run at once now, and `takes` how long the whole work would take
+    /// on a middling one of them, where that is known.
+    pub(super) fn new(
+        order: Verified<Order>,
+        label: String,
+        at: UtcMillis,
+        slots: u64,
+        takes: Option<Millis>,
+    ) -> Self {
         let items = order.items;
         let per_part = match u64::from(order.items_per_part) {
-            // Two parts for each slot let a faster node take more; parts under 16 items cost more than they bring.
-            0 => items
-                .div_ceil((slots * 2).clamp(1, PARTS_MAX))
-                .max(items.min(16))
-                .max(items.div_ceil(PARTS_MAX)),
+            // Two parts for each slot let a faster node take more.
+            0 => {
+                let by_time = takes.map_or(1, |takes| takes.0.div_ceil(PART_MILLIS));
+                items
+                    .div_ceil((slots * 2).max(by_time).clamp(1, PARTS_MAX))
+                    .max(items.min(PART_ITEMS_MIN))
+                    .max(items.div_ceil(PARTS_MAX))
+            }
             wanted => wanted,
         };
         let count = items.div_ceil(per_part);
@@ -295,23 +315,37 @@ impl Job {
                 Millis(items.saturating_mul(u64::from(*millis_per_item))),
                 Bytes::ZERO,
             ),
-            Work::Embed { model, .. } => (tokens, Millis::ZERO, memory(model)),
+            Work::Embed { model, .. } => (work_units(&order.work, tokens), Millis::ZERO, memory(model)),
             Work::Train(t) => {
-                // Speeds of training are told for a model of 110 million numbers, two bytes each: others count as
-                // many tokens as they are larger.
-                let tokens = u128::from(items) * u128::from(t.tokens_per_step);
-                let units = tokens * u128::from(t.model.bytes.0) / TRAIN_REFERENCE;
-                let units = u64::try_from(units).unwrap_or(u64::MAX).max(items);
+                let tokens = items.saturating_mul(t.tokens_per_step.into());
+                let units = work_units(&order.work, tokens).max(items);
                 // Matrices held as f32 take twice a 16-bit file; activations come on top.
                 let memory = t.model.bytes.0.saturating_mul(2).saturating_add(256 << 20);
                 (units, Millis::ZERO, Bytes(memory))
             }
-            Work::Generate(g) => (
-                tokens.saturating_add(items.saturating_mul(g.max_tokens.into())),
-                Millis::ZERO,
-                memory(&g.model),
-            ),
+            Work::Generate(g) => {
+                let tokens = tokens.saturating_add(items.saturating_mul(g.max_tokens.into()));
+                (work_units(&order.work, tokens), Millis::ZERO, memory(&g.model))
+            }
         }
+    }
+}
+
+/// How many tokens of the reference model so many of the order's own are worth, at least one: a larger model counts as
+/// many more as it has bytes. What a server of the provider's computes is told in its own tokens.
+pub fn work_units(work: &Work, tokens: u64) -> u64 {
+    let reference = match work {
+        Work::Noop { .. } => return tokens,
+        Work::Embed { .. } => EMBED_REFERENCE,
+        Work::Generate(_) => GENERATE_REFERENCE,
+        Work::Train(_) => TRAIN_REFERENCE,
+    };
+    match work.model() {
+        Some(model) if model.is_content() => {
+            let units = u128::from(tokens) * u128::from(model.bytes.0) / reference;
+            u64::try_from(units).unwrap_or(u64::MAX).max(1)
+        }
+        _ => tokens,
     }
 }
 
@@ -319,4 +353,34 @@ pub(super) fn part_row(job: JobId, part: PartIndex) -> Vec<u8> {
     let mut out = job.0.0.to_vec();
     out.extend_from_slice(&part.to_be_bytes());
     out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        artifact::ArtifactKind,
+        id::Digest,
+        records::{Generate, WorkKind},
+    };
+
+    #[test]
+    fn a_token_counts_as_its_model_is_large() {
+        let model = |bytes| ArtifactRef {
+            digest: Digest::of(b"model"),
+            bytes: Bytes(bytes),
+            kind: ArtifactKind::Blob,
+        };
+        let write = |bytes| Work::Generate(Generate::greedy(model(bytes), "m", 10));
+        assert_eq!(work_units(&write(620_000_000), 1_000), 1_000);
+        assert_eq!(work_units(&write(6_200_000_000), 1_000), 10_000);
+        assert_eq!(work_units(&write(3_100_000), 1_000), 5);
+        assert_eq!(work_units(&write(3_100_000), 10), 1);
+        let embed = Work::Embed {
+            model: model(182_000_000),
+            model_name: "m".into(),
+        };
+        assert_eq!((embed.kind(), work_units(&embed, 10)), (WorkKind::Embed, 20));
+        assert_eq!(work_units(&Work::Noop { millis_per_item: 1 }, 7), 7);
+    }
 }

@@ -98,13 +98,14 @@ impl Controller {
                 wants: order.credits_max,
             });
         }
-        let slots = self.slots(&order);
+        let (slots, takes) = self.slots(&order);
         let order_max = order.credits_max;
         let mut job = Job::new(
             order,
             label.chars().filter(|c| !c.is_control()).take(120).collect(),
             now.utc,
             slots,
+            takes,
         );
         let shunned = self.shunned(now, &job.order);
         if let Some(part) = job.parts.first_mut() {
@@ -167,16 +168,28 @@ impl Controller {
         Ok(id)
     }
 
-    /// How many parts of this order could run at once on the nodes known now.
-    pub(super) fn slots(&self, order: &Order) -> u64 {
-        let request = request(order, 1, Credits(u64::MAX), &[]);
+    /// How many parts of this order could run at once on the nodes known now, and how long all of it would take on a
+    /// middling one of them.
+    pub(super) fn slots(&self, order: &Order) -> (u64, Option<Millis>) {
+        // So many items that a speed is not lost in rounding, so few that none are too many for a node.
+        let items = order.items.clamp(1, 1_000);
+        let request = request(order, items, Credits(u64::MAX), &[]);
         let (able, _) = placement::survey(&self.market, &request, &self.policy);
         let free = |c: &placement::Candidate| {
             let listing = self.market.get(&c.node)?;
             let device = listing.offer.devices.iter().find(|d| d.class == c.device_class)?;
             Some(u64::from(device.count))
         };
-        able.iter().filter_map(free).sum::<u64>().max(1)
+        let slots = able.iter().filter_map(free).sum::<u64>().max(1);
+        let mut durations: Vec<u64> = able.iter().map(|c| c.duration.0).collect();
+        durations.sort_unstable();
+        // What runs at the same time is cut for the devices there are.
+        let known = durations
+            .get(durations.len() / 2)
+            .filter(|_| !order.constraints.together);
+        let whole = |takes: &u64| u128::from(*takes) * u128::from(order.items) / u128::from(items);
+        let whole = known.map(|takes| Millis(u64::try_from(whole(takes)).unwrap_or(u64::MAX)));
+        (slots, whole)
     }
 
     pub(super) fn cancel(

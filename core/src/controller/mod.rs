@@ -25,7 +25,7 @@ mod view;
 
 pub use accounting::{ANSWERS_MAX, Filed, GRANTS_MAX};
 pub use admission::{Member, REDEMPTIONS_MAX};
-pub use job::{Job, JobState, Part, PartState};
+pub use job::{Job, JobState, Part, PartState, work_units};
 pub use jobs::{ORDER_LIFE_MAX, SPENT_MAX};
 pub use keys::KEYS_OF_USER_MAX;
 pub use mind::Controller;

@@ -235,7 +235,8 @@ impl Controller {
                 summary: why.to_string(),
             };
         }
-        let mut job = Job::new(order.clone(), String::new(), now.utc, self.slots(order));
+        let (slots, takes) = self.slots(order);
+        let mut job = Job::new(order.clone(), String::new(), now.utc, slots, takes);
         job.takes = self.quickest(&job);
         let Some(part) = job.parts.first() else {
             return Explanation {

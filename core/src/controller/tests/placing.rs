@@ -372,13 +372,14 @@ proptest! {
         per_part in prop_oneof![Just(0u32), 1_000u32..100_000],
         credits in 0u64..=i64::MAX as u64,
         slots in 1u64..100_000,
+        takes in prop_oneof![Just(None), any::<u64>().prop_map(|ms| Some(Millis(ms)))],
     ) {
         let order = order(1, |o| {
             o.items = items;
             o.items_per_part = per_part;
             o.credits_max = Credits(credits);
         });
-        let job = Job::new(order, String::new(), UtcMillis(0), slots);
+        let job = Job::new(order, String::new(), UtcMillis(0), slots, takes);
         let mut next = 0;
         let mut sum = 0u128;
         for part in &job.parts {
@@ -390,5 +391,11 @@ proptest! {
         prop_assert_eq!(next, items);
         prop_assert!(sum <= u128::from(credits));
         prop_assert!(job.parts.len() as u64 <= PARTS_MAX);
+        // Unless somebody said how large parts are, or there would be too many, none takes much more than five minutes.
+        if let (0, Some(takes)) = (per_part, takes) {
+            let longest = u128::from(takes.0) * u128::from(job.parts[0].items) / u128::from(items);
+            let few = job.parts[0].items <= 16 || job.parts.len() as u64 > PARTS_MAX / 2;
+            prop_assert!(few || longest <= 330_000, "{longest} ms");
+        }
     }
 }
