@@ -10,8 +10,9 @@ demo: build
 	@minilm=$$(scripts/fetch-minilm) || minilm=; \
 	$(KAREZ) demo $${minilm:+--minilm "$$minilm"}
 
+# With the features of the whole workspace, so that benchmarks compile no dependency a second time.
 build:
-	@$(RUN) cargo build --release --locked
+	@$(RUN) cargo build --release --locked --workspace --bin karez
 
 # nextest where it is installed, cargo's own runner elsewhere.
 test:
