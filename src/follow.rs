@@ -107,6 +107,8 @@ struct Shown<'a> {
 struct Bars {
     all: MultiProgress,
     items: ProgressBar,
+    /// How training does stands on a line of its own: behind the bar there is no room for it.
+    training: bool,
     parts: BTreeMap<u32, ProgressBar>,
 }
 
@@ -125,6 +127,7 @@ impl<'a> Shown<'a> {
             Bars {
                 all,
                 items,
+                training: false,
                 parts: BTreeMap::new(),
             }
         });
@@ -138,7 +141,7 @@ impl<'a> Shown<'a> {
         }
     }
 
-    /// How a training job does: its step and loss, how quick it is, how long it will take, what it cost so far.
+    /// How a training job does: its loss, how quick it is, how long it will take, what it cost so far.
     fn training(&mut self, job: &wire::JobView) -> Option<String> {
         let loss = job.parts.iter().rfind(|part| part.loss_micro > 0)?.loss_micro;
         let seen = |part: &wire::PartView| match part.state.as_str() {
@@ -148,12 +151,7 @@ impl<'a> Shown<'a> {
         let tokens: u64 = job.parts.iter().map(seen).sum();
         let (began, steps, before) = *self.since.get_or_insert((Instant::now(), job.items_done, tokens));
         let seconds = began.elapsed().as_secs_f64();
-        let mut line = format!(
-            "step {} of {}, loss {:.3}",
-            job.items_done,
-            job.items,
-            loss as f64 / 1e6
-        );
+        let mut line = format!("loss {:.3}", loss as f64 / 1e6);
         let gone = job.items_done.saturating_sub(steps);
         if gone > 0 && seconds > 0.5 {
             let speed = tokens.saturating_sub(before) as f64 / seconds;
@@ -193,10 +191,10 @@ impl<'a> Shown<'a> {
                 .is_none_or(|(at, step)| step != job.items_done && at.elapsed() >= TRAINING_EVERY)
         {
             self.said = Some((Instant::now(), job.items_done));
-            self.say(&format!("  {line}"));
+            self.say(&format!("  step {} of {}, {line}", job.items_done, job.items));
         }
         for part in &job.parts {
-            let line = part_line(part);
+            let line = part_line(part, &job.work);
             let news = self.parts.insert(part.part, line.clone()).as_ref() != Some(&line);
             if news && self.bars.is_none() {
                 let line = format!("  part {}: {line}", part.part);
@@ -207,6 +205,13 @@ impl<'a> Shown<'a> {
             }
         }
         if let Some(bars) = &mut self.bars {
+            if training.is_some() && !bars.training {
+                bars.training = true;
+                let style =
+                    ProgressStyle::with_template("{bar:30} step {pos} of {len}  {elapsed}\n  {wide_msg}");
+                let style = style.unwrap_or_else(|_| ProgressStyle::default_bar());
+                bars.items.set_style(style.progress_chars(bar_letters()));
+            }
             bars.items.set_length(job.items);
             bars.items.set_position(job.items_done);
             bars.items.set_message(training.unwrap_or_else(|| state.clone()));
@@ -227,13 +232,13 @@ impl<'a> Shown<'a> {
                 } else {
                     format!(", {}/{}", part.items_done, part.items)
                 };
-                bar.set_message(format!("{}{so_far}", part_line(part)));
+                bar.set_message(format!("{}{so_far}", part_line(part, &job.work)));
                 if ended {
                     // A finished part leaves its line behind and makes room for the next.
                     bar.finish_and_clear();
                     drop(
                         bars.all
-                            .println(format!("  part {}: {}", part.part, part_line(part))),
+                            .println(format!("  part {}: {}", part.part, part_line(part, &job.work))),
                     );
                     bars.parts.remove(&part.part);
                 }
@@ -256,7 +261,8 @@ impl Drop for Shown<'_> {
     }
 }
 
-fn part_line(part: &wire::PartView) -> String {
+fn part_line(part: &wire::PartView, work: &str) -> String {
+    let item = if work == "train" { "step" } else { "item" };
     let place = if part.node_name.is_empty() {
         String::new()
     } else {
@@ -265,7 +271,7 @@ fn part_line(part: &wire::PartView) -> String {
     let end = match part.state.as_str() {
         "done" => format!(
             ", {}, {} credits",
-            plural(part.items, "item"),
+            plural(part.items, item),
             credits(part.credits)
         ),
         // Why there was told when it was placed.

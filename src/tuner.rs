@@ -112,6 +112,7 @@ fn check(
         settings: &settings,
         language: Some(language).filter(|language| !language.is_empty()),
         threads: 1,
+        memory: None,
     };
     let outline = trainer::outline(&spec)?;
     // The store's name for the data says nothing to whoever sent it.
@@ -126,6 +127,7 @@ fn check(
         examples: outline.examples as u64,
         held_out: outline.held_out as u64,
         epochs: settings.num_epochs as u64,
+        memory: outline.memory,
         notices: outline.notices.iter().map(plain).collect(),
     })
 }

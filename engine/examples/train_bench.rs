@@ -7,6 +7,7 @@
 
 use std::error::Error;
 use std::fs;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Instant;
@@ -14,7 +15,6 @@ use std::time::Instant;
 use candle_core::{DType, Device};
 use karez_engine::train::adapter::Adapter;
 use karez_engine::train::base::{BaseModel, Hold};
-use karez_engine::train::checkpoint::write_whole;
 use karez_engine::train::data::Packed;
 use karez_engine::train::fused::Fused;
 use karez_engine::train::trainer::{Spec, Trainer};
@@ -249,6 +249,7 @@ fn checkpoint(dir: &Path, base: &Path, threads: usize) -> Outcome<Value> {
         settings: &settings,
         language: Some("sw"),
         threads,
+        memory: None,
     };
     let mut trainer = Trainer::new(&spec)?;
     let began = Instant::now();
@@ -261,7 +262,9 @@ fn checkpoint(dir: &Path, base: &Path, threads: usize) -> Outcome<Value> {
     for _ in 0..5 {
         let began = Instant::now();
         let (bytes, _) = trainer.checkpoint()?;
-        write_whole(&dir.join("checkpoint"), &bytes)?;
+        let mut file = fs::File::create(dir.join("checkpoint"))?;
+        file.write_all(&bytes)?;
+        file.sync_all()?;
         costs.push(began.elapsed().as_secs_f64());
         size = bytes.len();
     }

@@ -150,6 +150,9 @@ pub struct Outline {
     pub held_out: u64,
     /// Times the data is gone through.
     pub epochs: u64,
+    /// Bytes of memory that the run takes.
+    #[serde(default)]
+    pub memory: u64,
     /// What a researcher should know of the data.
     pub notices: Vec<String>,
 }

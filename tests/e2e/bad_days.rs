@@ -206,17 +206,9 @@ fn ports_of(pid: i32) -> (Vec<u16>, Vec<u16>) {
 #[test]
 fn a_full_disk_refuses_new_work_and_loses_nothing() {
     let dir = tempfile::tempdir().unwrap();
-    let disk = Disk(dir.path().join("disk"));
-    std::fs::create_dir(&disk.0).unwrap();
-    let mounted = Command::new("mount")
-        .args(["-t", "tmpfs", "-o", "size=192m", "tmpfs"])
-        .arg(&disk.0)
-        .output()
-        .is_ok_and(|o| o.status.success());
-    if !mounted {
-        println!("skipped: a small file system cannot be mounted without privileges");
+    let Some(disk) = Disk::small(dir.path(), 192) else {
         return;
-    }
+    };
     let net = Net::up_in(disk.0.join("home"));
     let before = net.noops(3, 0, 1);
     net.ended(&before, Duration::from_secs(30));
@@ -249,7 +241,24 @@ fn a_full_disk_refuses_new_work_and_loses_nothing() {
 }
 
 /// A mounted file system that goes away with the test.
-struct Disk(PathBuf);
+pub(crate) struct Disk(pub(crate) PathBuf);
+
+impl Disk {
+    /// A small one in a new folder of `parent`; says so where none can be had.
+    pub(crate) fn small(parent: &Path, megabytes: u32) -> Option<Self> {
+        let disk = Self(parent.join("disk"));
+        std::fs::create_dir(&disk.0).unwrap();
+        let mounted = Command::new("mount")
+            .args(["-t", "tmpfs", "-o", &format!("size={megabytes}m"), "tmpfs"])
+            .arg(&disk.0)
+            .output()
+            .is_ok_and(|o| o.status.success());
+        if !mounted {
+            println!("skipped: a small file system cannot be mounted without privileges");
+        }
+        mounted.then_some(disk)
+    }
+}
 
 impl Drop for Disk {
     fn drop(&mut self) {
@@ -258,7 +267,7 @@ impl Drop for Disk {
 }
 
 /// Writes until nothing more fits.
-fn fill(path: &Path) {
+pub(crate) fn fill(path: &Path) {
     let mut file = std::fs::File::create(path).unwrap();
     let block = vec![7; 1 << 16];
     while file.write_all(&block).is_ok() {}

@@ -8,12 +8,12 @@ use std::{
 };
 
 /// The shipped model as a Hugging Face directory.
-fn base() -> PathBuf {
+pub(crate) fn base() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("engine/models/karez-tiny")
 }
 
 /// Questions with answers that no corpus holds, in two languages.
-fn lessons() -> String {
+pub(crate) fn lessons() -> String {
     let plants = [
         "mahindi", "maharage", "mtama", "muhogo", "ndizi", "viazi", "mpunga", "karanga",
     ];
@@ -35,7 +35,7 @@ fn lessons() -> String {
     out
 }
 
-fn submit(net: &Net, data: &str, more: &[&str]) -> String {
+pub(crate) fn submit(net: &Net, data: &str, more: &[&str]) -> String {
     let base = base();
     let mut args = vec![
         "finetune",
@@ -55,7 +55,7 @@ fn submit(net: &Net, data: &str, more: &[&str]) -> String {
 }
 
 /// The training losses and the adapter of a finished job.
-fn collected(net: &Net, id: &str, name: &str) -> (Value, Vec<u8>, PathBuf) {
+pub(crate) fn collected(net: &Net, id: &str, name: &str) -> (Value, Vec<u8>, PathBuf) {
     let folder = net.path(name);
     let base = base();
     let to = folder.to_str().unwrap();
@@ -74,7 +74,7 @@ fn collected(net: &Net, id: &str, name: &str) -> (Value, Vec<u8>, PathBuf) {
     (answer["report"].clone(), adapter, folder)
 }
 
-const SETTINGS: [&str; 10] = [
+pub(crate) const SETTINGS: [&str; 10] = [
     "--set",
     "num_epochs=4",
     "--set",

@@ -1,11 +1,13 @@
 //! A [`Learner`] on candle's tensors and its backward pass: what computes on a GPU in builds that have one.
 //!
-//! The same model as [`super::fused`], slower on a CPU and larger in memory. Matrices are f32 whatever the files hold, and
-//! activations are all kept. The optimiser's state lives in host memory: an adapter is small.
+//! The same model as [`super::fused`], slower on a CPU and larger in memory. Its backward pass keeps every matrix of the graph,
+//! in f32: `bf16` saves memory together with `gradient_checkpointing`, which makes a graph of one layer at a time. The
+//! optimiser's state lives in host memory: an adapter is small.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use candle_core::{Device, Tensor, Var};
+use candle_core::backprop::GradStore;
+use candle_core::{DType, Device, Tensor, Var};
 
 use super::adapter::{Adapter, Slot};
 use super::base::weight_files;
@@ -26,6 +28,7 @@ pub struct OnDevice {
     moments: Moments,
     grads: Vec<f32>,
     share: f32,
+    recompute: bool,
     thin: Arc<Mutex<Option<Dropout>>>,
 }
 
@@ -35,7 +38,13 @@ impl OnDevice {
         let config = super::base::read_config(spec.base)?;
         let mut weights = Weights::new();
         for path in weight_files(spec.base)? {
-            weights.extend(load(&path, &device)?);
+            for (name, weight) in load(&path, &device)? {
+                let weight = match spec.settings.bf16 && weight.rank() == 2 {
+                    true => weight.to_dtype(DType::BF16)?,
+                    false => weight,
+                };
+                weights.insert(name, weight);
+            }
         }
         let mut model = Llama::new(&config, &weights)?;
         let thin: Arc<Mutex<Option<Dropout>>> = Arc::default();
@@ -66,6 +75,7 @@ impl OnDevice {
             moments: Moments::new(count, optimiser(spec)),
             grads: vec![0.0; count],
             share: spec.settings.lora_dropout as f32,
+            recompute: spec.settings.gradient_checkpointing,
             thin,
         })
     }
@@ -96,6 +106,69 @@ impl OnDevice {
             targets: Tensor::from_vec(targets, count, &self.device)?,
             counts: vec![count],
         })
+    }
+
+    /// Adds what a backward pass found for the adapters in `layers`.
+    fn gather(&mut self, store: &GradStore, layers: std::ops::Range<usize>) -> Result<(), TrainError> {
+        let rank = self.adapter.rank();
+        for (slot, a, b) in self.vars.iter().filter(|(slot, ..)| layers.contains(&slot.layer)) {
+            for (var, range) in [(a, slot.a_range(rank)), (b, slot.b_range(rank))] {
+                let grad = store
+                    .get(var.as_tensor())
+                    .ok_or_else(|| TrainError::NoGradient(slot.path()))?;
+                let grad = grad.flatten_all()?.to_vec1::<f32>()?;
+                let sums = self.grads[range].iter_mut();
+                sums.zip(grad).for_each(|(sum, grad)| *sum += grad);
+            }
+        }
+        Ok(())
+    }
+
+    /// The loss, in nats, with its gradients times `scale`: of the whole model at once.
+    fn at_once(&mut self, batch: &Batch, count: f64, scale: f64) -> Result<f64, TrainError> {
+        let loss = (self.model.loss(batch)? * count)?;
+        let nats = f64::from(loss.to_scalar::<f32>()?);
+        let store = (loss * scale)?.backward()?;
+        self.gather(&store, 0..self.model.layers())?;
+        Ok(nats)
+    }
+
+    /// Goes through all layers without keeping a graph, shows what enters each, and gives what leaves the last.
+    fn entering(&self, batch: &Batch, mut show: impl FnMut(&Tensor)) -> Result<Tensor, TrainError> {
+        let pass = self.model.pass(&batch.ids)?;
+        let mut x = self.model.embed(&batch.ids)?.detach();
+        for index in 0..self.model.layers() {
+            show(&x);
+            x = self.model.layer(index, &x, &pass)?.detach();
+        }
+        Ok(x)
+    }
+
+    /// The same, keeping only what enters each layer, and working the rest out again on the way back.
+    fn layer_by_layer(&mut self, batch: &Batch, count: f64, scale: f64) -> Result<f64, TrainError> {
+        let (pass, layers) = (self.model.pass(&batch.ids)?, self.model.layers());
+        let mut entered = Vec::with_capacity(layers);
+        let last = self.entering(batch, |x| entered.push(x.clone()))?;
+        let last = Var::from_tensor(&last)?;
+        let loss = (self.model.loss_after(last.as_tensor(), batch)? * count)?;
+        let nats = f64::from(loss.to_scalar::<f32>()?);
+        let cut = |path: &str| TrainError::NoGradient(path.to_owned());
+        let mut slope = (loss * scale)?
+            .backward()?
+            .remove(last.as_tensor())
+            .ok_or_else(|| cut("model.norm"))?;
+        for index in (0..layers).rev() {
+            let x = Var::from_tensor(&entered[index])?;
+            entered.truncate(index);
+            // The gradient of this sum by anything is that of the loss.
+            let left = self.model.layer(index, x.as_tensor(), &pass)?;
+            let mut store = (left * slope.detach())?.sum_all()?.backward()?;
+            self.gather(&store, index..index + 1)?;
+            slope = store
+                .remove(x.as_tensor())
+                .ok_or_else(|| cut(&format!("model.layers.{index}")))?;
+        }
+        Ok(nats)
     }
 
     fn show(&mut self) -> Result<(), TrainError> {
@@ -132,22 +205,14 @@ impl Learner for OnDevice {
         }
         self.leave_out(Dropout::new(self.share, seed));
         let batch = self.batch(packed)?;
-        let loss = (self.model.loss(&batch)? * packed.targets.len() as f64)?;
+        let (count, scale) = (packed.targets.len() as f64, f64::from(scale));
+        let nats = if self.recompute {
+            self.layer_by_layer(&batch, count, scale)
+        } else {
+            self.at_once(&batch, count, scale)
+        };
         self.leave_out(None);
-        let nats = f64::from(loss.to_scalar::<f32>()?);
-        let store = (loss * f64::from(scale))?.backward()?;
-        let rank = self.adapter.rank();
-        for (slot, a, b) in &self.vars {
-            for (var, range) in [(a, slot.a_range(rank)), (b, slot.b_range(rank))] {
-                let grad = store
-                    .get(var.as_tensor())
-                    .ok_or_else(|| TrainError::NoGradient(slot.path()))?;
-                let grad = grad.flatten_all()?.to_vec1::<f32>()?;
-                let sums = self.grads[range].iter_mut();
-                sums.zip(grad).for_each(|(sum, grad)| *sum += grad);
-            }
-        }
-        Ok(nats)
+        nats
     }
 
     fn apply(&mut self, rate: f64) -> Result<Option<f64>, TrainError> {
@@ -160,7 +225,9 @@ impl Learner for OnDevice {
         if packed.targets.is_empty() {
             return Ok(0.0);
         }
-        let mean = self.model.loss(&self.batch(packed)?)?.to_scalar::<f32>()?;
+        let batch = self.batch(packed)?;
+        let last = self.entering(&batch, |_| ())?;
+        let mean = self.model.loss_after(&last, &batch)?.to_scalar::<f32>()?;
         Ok(f64::from(mean) * packed.targets.len() as f64)
     }
 

@@ -3,11 +3,10 @@
 //! A checkpoint is a safetensors file: the adapter under PEFT's names, both of the optimiser's moments, and the loss of
 //! every step so far; its metadata says what it belongs to. Equal states give equal bytes, and each checkpoint names the
 //! digest of the one before, so a chain of them can be checked from its end.
+//!
+//! Not here: keeping them. A worker writes one into its own folder; the node's store takes it whole or not at all.
 
 use std::collections::{BTreeMap, HashMap};
-use std::fs::{self, File};
-use std::io::Write;
-use std::path::Path;
 
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde::{Deserialize, Serialize};
@@ -258,24 +257,4 @@ fn numbers_of(bytes: &[u8]) -> Vec<f32> {
     numbers
         .map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]))
         .collect()
-}
-
-/// Writes a file whole or not at all: under another name first, synced, then renamed. What stood there before stands
-/// until the last moment, also when the disk is full.
-pub fn write_whole(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
-    let partial = path.with_extension("partial");
-    let written = (|| {
-        let mut file = File::create(&partial)?;
-        file.write_all(bytes)?;
-        file.sync_all()
-    })();
-    if let Err(error) = written {
-        let _ = fs::remove_file(&partial);
-        return Err(error);
-    }
-    fs::rename(&partial, path)?;
-    match path.parent() {
-        Some(folder) if !folder.as_os_str().is_empty() => File::open(folder)?.sync_all(),
-        _ => Ok(()),
-    }
 }

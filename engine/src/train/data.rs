@@ -6,11 +6,11 @@ use std::io::{BufRead, Read};
 use std::path::Path;
 
 use icu_normalizer::ComposingNormalizerBorrowed;
-use serde::Deserialize;
 use serde_json::Value;
 use tokenizers::Tokenizer;
 
 use super::base::read_json;
+use super::lines::{Shape, parse};
 use super::settings::{ExcessLength, Settings};
 use super::{Rng, TrainError};
 use crate::protocol::Message;
@@ -20,8 +20,9 @@ use crate::worker::chat::ChatTemplate;
 pub const LINE_MAX: usize = 1 << 20;
 /// Bytes of one data file at most: it is held in memory as tokens.
 pub const DATA_MAX: u64 = 2 << 30;
-/// Faults that are named; the rest is counted.
+/// Faults that are named, and lines of one fault; the rest is counted.
 const FAULTS_SHOWN: usize = 20;
+const LINES_SHOWN: usize = 4;
 
 /// One example as tokens.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -108,12 +109,7 @@ impl Reader {
                 .map(str::to_owned)
         };
         let (bos, eos) = (mark("bos_token"), mark("eos_token"));
-        let jinja = folder.join("chat_template.jinja");
-        let template = match std::fs::read_to_string(&jinja) {
-            Ok(text) => Some(text),
-            Err(_) => config["chat_template"].as_str().map(str::to_owned),
-        };
-        let template = template
+        let template = super::gguf::chat_template(folder, &config)?
             .map(|text| {
                 let (bos, eos) = (bos.clone().unwrap_or_default(), eos.clone().unwrap_or_default());
                 ChatTemplate::new(text, bos, eos)
@@ -141,8 +137,19 @@ impl Reader {
         Ok(encoding.get_ids().to_vec())
     }
 
-    /// Pieces of text with whether each is learnt: a model reads prompt and answer apart, so they are tokenised apart.
-    fn pieces(&self, shape: &Shape) -> Result<Vec<(String, bool)>, String> {
+    /// Bytes of the text of the tokens to be learnt.
+    fn bytes_learnt(&self, example: &Example) -> Result<usize, TrainError> {
+        let learnt = example.ids.iter().zip(&example.learnt).skip(1);
+        let ids: Vec<u32> = learnt.filter(|(_, learnt)| **learnt).map(|(id, _)| *id).collect();
+        let text = self.tokenizer.decode(&ids, true);
+        Ok(text
+            .map_err(|error| TrainError::Tokenizer(error.to_string()))?
+            .len())
+    }
+
+    /// Pieces of text with whether each is learnt: a model reads prompt and answer apart, so they are tokenised apart. One
+    /// sequence for most lines, and one for each turn where later turns change what came before.
+    fn pieces(&self, shape: &Shape) -> Result<Vec<Pieces>, String> {
         let eos = self.eos.clone().unwrap_or_default();
         let chat = |turns: Vec<(&str, &str)>| -> Vec<Message> {
             turns
@@ -166,150 +173,52 @@ impl Reader {
         if let (true, Some(bos)) = (self.add_bos, &self.bos) {
             pieces.insert(0, (bos.clone(), false));
         }
-        Ok(pieces)
+        Ok(vec![pieces])
     }
 }
 
-/// A conversation as its template writes it, each of the assistant's turns to be learnt with what ends it.
-fn conversation(template: &ChatTemplate, messages: &[Message]) -> Result<Vec<(String, bool)>, String> {
+/// Pieces of one sequence, in order.
+type Pieces = Vec<(String, bool)>;
+
+/// A conversation as its template writes it, each of the assistant's turns to be learnt with what ends it. Some templates
+/// leave things out of earlier turns (what was thought, mostly): then each turn is learnt as the model will meet it, in a
+/// sequence of its own that ends there.
+fn conversation(template: &ChatTemplate, messages: &[Message]) -> Result<Vec<Pieces>, String> {
     let render = |messages: &[Message], open: bool| {
         template
             .render_turns(messages, open)
             .map_err(|error| error.to_string())
     };
-    let mut pieces = Vec::new();
-    let mut written = String::new();
+    let mut turns = Vec::new();
     for (index, message) in messages.iter().enumerate() {
         if message.role != "assistant" {
             continue;
         }
         let before = render(&messages[..index], true)?;
         let after = render(&messages[..=index], false)?;
-        let ahead = before.strip_prefix(&written);
-        let (Some(ahead), Some(answer)) = (ahead, after.strip_prefix(&before)) else {
+        let Some(answer) = after.strip_prefix(&before) else {
             return Err(
-                "cannot be taught: the chat template rewrites earlier turns when later ones come".into(),
+                "cannot be taught: the chat template writes an answer otherwise than it asks for one".into(),
             );
         };
-        pieces.push((ahead.to_owned(), false));
         // What follows the end mark (a line break, mostly) is never generated, so it is not learnt either.
-        let kept = answer.trim_end_matches(['\n', ' ']);
-        pieces.push((kept.to_owned(), true));
-        written = before.clone() + kept;
+        let kept = answer.trim_end_matches(['\n', ' ']).to_owned();
+        turns.push((before, kept));
     }
-    if pieces.is_empty() {
+    if turns.is_empty() {
         return Err("has no turn of the assistant: there is nothing to learn".into());
     }
-    Ok(pieces)
-}
-
-/// What a line can be.
-enum Shape {
-    Text(String),
-    Messages(Vec<Message>),
-    Pair {
-        prompt: String,
-        answer: String,
-        raw: String,
-    },
-}
-
-impl Shape {
-    /// The text that is to be learnt, and all of it.
-    fn answers(&self) -> Vec<&str> {
-        match self {
-            Self::Text(text) => vec![text],
-            Self::Pair { answer, .. } => vec![answer],
-            Self::Messages(messages) => {
-                let own = messages.iter().filter(|message| message.role == "assistant");
-                own.map(|message| message.content.as_str()).collect()
-            }
-        }
+    let (mut whole, mut written) = (Pieces::new(), String::new());
+    for (before, answer) in &turns {
+        let Some(ahead) = before.strip_prefix(&written) else {
+            let alone = |(before, answer)| vec![(before, false), (answer, true)];
+            return Ok(turns.into_iter().map(alone).collect());
+        };
+        whole.push((ahead.to_owned(), false));
+        whole.push((answer.clone(), true));
+        written = before.clone() + answer;
     }
-
-    fn texts(&mut self) -> Vec<&mut String> {
-        match self {
-            Self::Text(text) => vec![text],
-            Self::Pair { prompt, answer, raw } => vec![prompt, answer, raw],
-            Self::Messages(messages) => messages.iter_mut().map(|message| &mut message.content).collect(),
-        }
-    }
-}
-
-#[derive(Deserialize)]
-struct Fields {
-    messages: Option<Vec<Message>>,
-    prompt: Option<String>,
-    completion: Option<String>,
-    text: Option<String>,
-    instruction: Option<String>,
-    input: Option<String>,
-    output: Option<String>,
-    #[serde(alias = "language")]
-    lang: Option<String>,
-}
-
-const SHAPES: &str = "expected an object with \"messages\", \"prompt\" and \"completion\", \"text\", or \
-    \"instruction\" and \"output\"";
-
-fn parse(line: &[u8]) -> Result<(Shape, Option<String>), String> {
-    let text = std::str::from_utf8(line)
-        .map_err(|error| format!("is not UTF-8 (byte {} of the line)", error.valid_up_to() + 1))?;
-    let value: Value = serde_json::from_str(text).map_err(|error| {
-        let why = error.to_string();
-        format!("is not JSON: {}", why.split(" at line").next().unwrap_or(&why))
-    })?;
-    let fields: Fields =
-        serde_json::from_value(value).map_err(|error| format!("has the wrong shape ({error}): {SHAPES}"))?;
-    let Fields {
-        messages,
-        prompt,
-        completion,
-        text,
-        instruction,
-        input,
-        output,
-        lang,
-    } = fields;
-    let shape = match (messages, prompt, completion, text, instruction, output) {
-        (Some(messages), None, None, None, None, None) => {
-            let known = ["system", "user", "assistant", "tool"];
-            if let Some(bad) = messages
-                .iter()
-                .find(|message| !known.contains(&message.role.as_str()))
-            {
-                return Err(format!(
-                    "has a turn of {:?}; possible are {}",
-                    bad.role,
-                    known.join(", ")
-                ));
-            }
-            Shape::Messages(messages)
-        }
-        (None, Some(prompt), Some(answer), None, None, None) => {
-            let raw = prompt.clone();
-            Shape::Pair { prompt, answer, raw }
-        }
-        (None, None, None, Some(text), None, None) => Shape::Text(text),
-        (None, None, None, None, Some(task), Some(answer)) => {
-            let input = input.filter(|input| !input.is_empty());
-            let prompt = match &input {
-                Some(input) => format!("{task}\n\n{input}"),
-                None => task.clone(),
-            };
-            let raw = match &input {
-                Some(input) => format!("### Instruction:\n{task}\n\n### Input:\n{input}\n\n### Response:\n"),
-                None => format!("### Instruction:\n{task}\n\n### Response:\n"),
-            };
-            Shape::Pair { prompt, answer, raw }
-        }
-        _ => return Err(format!("has the wrong shape: {SHAPES}")),
-    };
-    let answers = shape.answers();
-    if answers.is_empty() || answers.iter().any(|answer| answer.trim().is_empty()) {
-        return Err("has an empty answer: there is nothing to learn".into());
-    }
-    Ok((shape, lang))
+    Ok(vec![whole])
 }
 
 /// Whether a text names a language as BCP 47 does: `sw`, `swa`, `pt-BR`, `zh-Hans`.
@@ -319,6 +228,42 @@ pub fn is_language(tag: &str) -> bool {
     (2..=3).contains(&first.len())
         && first.bytes().all(|b| b.is_ascii_lowercase())
         && parts.all(|part| (2..=8).contains(&part.len()) && part.bytes().all(|b| b.is_ascii_alphanumeric()))
+}
+
+/// What is wrong with lines, alike faults together.
+#[derive(Default)]
+struct Faults {
+    kinds: Vec<(String, Vec<usize>, usize)>,
+    more: usize,
+}
+
+impl Faults {
+    fn note(&mut self, line: usize, why: String) {
+        let full = self.kinds.len() >= FAULTS_SHOWN;
+        match self.kinds.iter_mut().find(|(known, ..)| *known == why) {
+            Some((_, lines, _)) if lines.len() < LINES_SHOWN => lines.push(line),
+            Some((.., more)) => *more += 1,
+            None if full => self.more += 1,
+            None => self.kinds.push((why, vec![line], 0)),
+        }
+    }
+
+    fn told(self) -> Vec<String> {
+        let told = self.kinds.into_iter().map(|(why, lines, more)| {
+            let mut lines = lines.iter().map(usize::to_string);
+            let first = lines.next().unwrap_or_default();
+            let mut also: Vec<String> = lines.collect();
+            if more > 0 {
+                also.push(format!("{more} more"));
+            }
+            match also.is_empty() {
+                true => format!("line {first} {why}"),
+                false => format!("line {first} {why} (and so with {})", also.join(", ")),
+            }
+        });
+        let rest = (self.more > 0).then(|| format!("and {} more lines", self.more));
+        told.chain(rest).collect()
+    }
 }
 
 /// The language of what nobody tagged.
@@ -366,13 +311,14 @@ impl Data {
         let mut file = std::io::BufReader::with_capacity(1 << 18, file);
         let mut seen: HashMap<[u8; 32], usize> = HashMap::new();
         let mut tags: BTreeSet<String> = BTreeSet::new();
-        let mut read: Vec<(Example, String)> = Vec::new();
-        let (mut faults, mut more) = (Vec::new(), 0usize);
-        let (mut doubles, mut composed, mut dropped, mut cut) =
-            (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        // The sequences of a line stay together: what is held out is held out with all its turns.
+        let mut read: Vec<(Vec<Example>, String)> = Vec::new();
+        let mut faults = Faults::default();
+        let (mut doubles, mut composed, mut dropped, mut cut, mut apart) =
+            (Vec::new(), Vec::new(), Vec::new(), Vec::new(), Vec::new());
         let nfc = ComposingNormalizerBorrowed::new_nfc();
         let mut line = Vec::new();
-        for number in 1usize.. {
+        'lines: for number in 1usize.. {
             line.clear();
             let got = (&mut file)
                 .take(LINE_MAX as u64 + 2)
@@ -388,13 +334,7 @@ impl Data {
             if trimmed.is_empty() {
                 continue;
             }
-            let mut fault = |why: String| {
-                if faults.len() < FAULTS_SHOWN {
-                    faults.push(format!("line {number} {why}"));
-                } else {
-                    more += 1;
-                }
-            };
+            let mut fault = |why: String| faults.note(number, why);
             let (mut shape, tag) = match parse(trimmed) {
                 Ok(parsed) => parsed,
                 Err(why) => {
@@ -427,7 +367,7 @@ impl Data {
                 }
             };
             let mut hash = blake3::Hasher::new();
-            for (piece, learnt) in &pieces {
+            for (piece, learnt) in pieces.iter().flatten() {
                 hash.update(&[u8::from(*learnt)]);
                 hash.update(&(piece.len() as u64).to_le_bytes());
                 hash.update(piece.as_bytes());
@@ -436,50 +376,66 @@ impl Data {
                 doubles.push(number);
                 continue;
             }
-            let bytes = shape.answers().iter().map(|answer| answer.len()).sum();
-            let mut example = Example {
-                ids: Vec::new(),
-                learnt: Vec::new(),
-                bytes,
-                language: 0,
-            };
-            for (piece, learnt) in pieces {
-                example.ids.extend(reader.encode(&piece)?);
-                example
-                    .learnt
-                    .resize(example.ids.len(), learnt || settings.train_on_inputs);
+            if pieces.len() > 1 {
+                apart.push(number);
             }
-            if example.length() > settings.sequence_len {
-                let (length, most) = (example.length(), settings.sequence_len);
-                match settings.excess_length_strategy {
-                    ExcessLength::Raise => {
-                        fault(format!(
-                            "has {length} tokens, sequence_len is {most}: raise it, or set excess_length_strategy to \
-                             drop or truncate"
-                        ));
-                        continue;
-                    }
-                    ExcessLength::Drop => {
-                        dropped.push(number);
-                        continue;
-                    }
-                    ExcessLength::Truncate => {
-                        example.ids.truncate(most + 1);
-                        example.learnt.truncate(most + 1);
-                        cut.push(number);
+            let mut examples = Vec::with_capacity(pieces.len());
+            let alone = pieces.len() == 1;
+            for pieces in pieces {
+                let mut example = Example {
+                    ids: Vec::new(),
+                    learnt: Vec::new(),
+                    bytes: 0,
+                    language: 0,
+                };
+                for (piece, learnt) in pieces {
+                    example.ids.extend(reader.encode(&piece)?);
+                    example
+                        .learnt
+                        .resize(example.ids.len(), learnt || settings.train_on_inputs);
+                }
+                example.bytes = match alone {
+                    true => shape.bytes(settings.train_on_inputs, reader.template.is_some()),
+                    false => reader.bytes_learnt(&example)?,
+                };
+                if example.length() > settings.sequence_len {
+                    let (length, most) = (example.length(), settings.sequence_len);
+                    match settings.excess_length_strategy {
+                        ExcessLength::Raise => {
+                            fault(format!(
+                                "has {length} tokens, sequence_len is {most}: raise it, or set \
+                                 excess_length_strategy to drop or truncate"
+                            ));
+                            continue 'lines;
+                        }
+                        ExcessLength::Drop => {
+                            if dropped.last() != Some(&number) {
+                                dropped.push(number);
+                            }
+                            continue;
+                        }
+                        ExcessLength::Truncate => {
+                            example.ids.truncate(most + 1);
+                            example.learnt.truncate(most + 1);
+                            example.bytes = example.bytes.min(reader.bytes_learnt(&example)?);
+                            if cut.last() != Some(&number) {
+                                cut.push(number);
+                            }
+                        }
                     }
                 }
+                if !example.learnt.iter().skip(1).any(|learnt| *learnt) {
+                    fault("has nothing to learn within sequence_len".into());
+                    continue 'lines;
+                }
+                examples.push(example);
             }
-            if !example.learnt.iter().skip(1).any(|learnt| *learnt) {
-                fault("has nothing to learn within sequence_len".into());
-                continue;
+            if !examples.is_empty() {
+                tags.insert(tag.clone());
+                read.push((examples, tag));
             }
-            tags.insert(tag.clone());
-            read.push((example, tag));
         }
-        if more > 0 {
-            faults.push(format!("and {more} more lines"));
-        }
+        let faults = faults.told();
         if !faults.is_empty() {
             return Err(TrainError::Data {
                 path: path.to_owned(),
@@ -498,6 +454,10 @@ impl Data {
             ("not in Unicode's composed form (NFC) and composed", composed),
             ("longer than sequence_len and left out", dropped),
             ("longer than sequence_len and cut", cut),
+            (
+                "taught turn by turn, for the base's chat template rewrites earlier turns",
+                apart,
+            ),
         ] {
             if let Some(first) = lines.first() {
                 let name = path.file_name().unwrap_or_default().to_string_lossy();
@@ -522,25 +482,31 @@ impl Data {
         Ok(data)
     }
 
-    /// Holds out the same share of every language.
-    fn split(&mut self, read: Vec<(Example, String)>, settings: &Settings) {
-        let mut of: BTreeMap<usize, Vec<Example>> = BTreeMap::new();
-        for (mut example, tag) in read {
+    /// Holds out the same share of every language's lines.
+    fn split(&mut self, read: Vec<(Vec<Example>, String)>, settings: &Settings) {
+        let mut of: BTreeMap<usize, Vec<Vec<Example>>> = BTreeMap::new();
+        for (mut line, tag) in read {
             let language = self.languages.iter().position(|known| *known == tag).unwrap_or(0);
-            example.language = language;
-            of.entry(language).or_default().push(example);
+            line.iter_mut().for_each(|example| example.language = language);
+            of.entry(language).or_default().push(line);
         }
-        for (language, mut examples) in of {
+        for (language, mut lines) in of {
             let held = match settings.val_set_size {
-                share if share < 1.0 => (share * examples.len() as f64).round() as usize,
+                share if share < 1.0 => (share * lines.len() as f64).round() as usize,
                 count => count as usize,
             };
-            let least = usize::from(settings.val_set_size > 0.0 && examples.len() >= 2);
+            let least = usize::from(settings.val_set_size > 0.0 && lines.len() >= 2);
             let held = held.max(least);
-            Rng::new(settings.seed ^ (0x4845_4c44 + language as u64)).shuffle(&mut examples);
-            let rest = examples.split_off(held.min(examples.len()));
-            self.held_out.extend(examples);
-            self.examples.extend(rest);
+            Rng::new(settings.seed ^ (0x4845_4c44 + language as u64)).shuffle(&mut lines);
+            let rest = lines.split_off(held.min(lines.len()));
+            if rest.is_empty() {
+                self.notices.push(format!(
+                    "all lines in {} are held out by val_set_size {}: nothing of it is learnt",
+                    self.languages[language], settings.val_set_size
+                ));
+            }
+            self.held_out.extend(lines.into_iter().flatten());
+            self.examples.extend(rest.into_iter().flatten());
         }
     }
 }

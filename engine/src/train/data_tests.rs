@@ -91,7 +91,7 @@ fn bad_lines_are_named_together() {
         "line 4 has an empty answer",
         "line 5 is not UTF-8",
         "line 6 has the language \"Kiswahili!\"",
-        "line 7 has an empty answer",
+        "line 4 has an empty answer: there is nothing to learn (and so with 7)",
         "line 8 has ",
         "sequence_len is 512",
         "line 9 has a turn of \"bot\"",
@@ -116,6 +116,105 @@ fn bad_lines_are_named_together() {
             .unwrap_err()
             .to_string()
             .contains("holds no examples")
+    );
+}
+
+#[test]
+fn bits_are_counted_over_the_bytes_that_were_learnt() {
+    let reader = Reader::open(&shipped()).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let (question, answer) = ("Maji yako wapi?", "Mtoni, karibu na shamba la mahindi.");
+    let path = write_data(
+        folder.path(),
+        &[
+            json!({"prompt": question, "completion": answer}),
+            json!({"messages": [
+                {"role": "user", "content": question}, {"role": "assistant", "content": answer},
+                {"role": "user", "content": "Kweli?"}, {"role": "assistant", "content": "Kweli."}]}),
+        ],
+    );
+    let bytes = |train_on_inputs: bool| {
+        let settings = Settings {
+            val_set_size: 0.0,
+            train_on_inputs,
+            ..Settings::default()
+        };
+        let data = Data::read(&path, &reader, &settings, Some("sw")).unwrap();
+        let mut bytes: Vec<usize> = data.examples.iter().map(|example| example.bytes).collect();
+        bytes.sort_unstable();
+        bytes
+    };
+    assert_eq!(bytes(false), [answer.len(), answer.len() + 6]);
+    let all = question.len() + answer.len();
+    assert_eq!(bytes(true), [all, all + 12]);
+
+    // What was cut off is not counted.
+    let text = "maji ".repeat(100);
+    let path = write_data(folder.path(), &[json!({"text": text})]);
+    let settings = Settings {
+        val_set_size: 0.0,
+        sequence_len: 16,
+        excess_length_strategy: super::settings::ExcessLength::Truncate,
+        ..Settings::default()
+    };
+    let data = Data::read(&path, &reader, &settings, Some("sw")).unwrap();
+    let example = &data.examples[0];
+    let said = reader.tokenizer().decode(&example.ids[1..], true).unwrap();
+    assert_eq!(example.bytes, said.len());
+    assert!(example.bytes < text.len() / 2);
+}
+
+#[test]
+fn turns_that_a_template_rewrites_are_taught_one_by_one() {
+    // What was thought is shown in the last turn only, as Qwen3 does it.
+    let template = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}\
+        {% if m.role == 'assistant' and loop.last %}{{ '<think></think>' }}{% endif %}\
+        {{ m.content + '<|im_end|>\\n' }}{% endfor %}\
+        {% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}";
+    let folder = tempfile::tempdir().unwrap();
+    for name in ["config.json", "tokenizer.json", "tokenizer_config.json"] {
+        std::fs::copy(shipped().join(name), folder.path().join(name)).unwrap();
+    }
+    std::fs::write(folder.path().join("chat_template.jinja"), template).unwrap();
+    let reader = Reader::open(folder.path()).unwrap();
+    let turn = |n: usize| {
+        json!({"messages": [
+            {"role": "user", "content": format!("Maji {n}?")}, {"role": "assistant", "content": "Ndiyo."},
+            {"role": "user", "content": "Wapi?"}, {"role": "assistant", "content": "Mtoni."}]})
+    };
+    let path = write_data(folder.path(), &[turn(1), turn(2), turn(3)]);
+    let settings = Settings {
+        val_set_size: 1.0,
+        ..Settings::default()
+    };
+    let data = Data::read(&path, &reader, &settings, Some("sw")).unwrap();
+    assert_eq!(
+        (data.examples.len(), data.held_out.len()),
+        (4, 2),
+        "a conversation is held out with all its turns"
+    );
+    assert_eq!(
+        data.notices,
+        [
+            "data.jsonl: 3 lines were taught turn by turn, for the base's chat template rewrites earlier turns, the first is line 1"
+        ]
+    );
+    let said = |example: &data::Example| {
+        let ids = example
+            .ids
+            .iter()
+            .zip(&example.learnt)
+            .filter(|(_, learnt)| **learnt);
+        let ids: Vec<u32> = ids.map(|(id, _)| *id).collect();
+        reader.tokenizer().decode(&ids, false).unwrap()
+    };
+    let texts: Vec<String> = data.held_out.iter().map(said).collect();
+    assert_eq!(
+        texts,
+        [
+            "<think></think>Ndiyo.<|im_end|>",
+            "<think></think>Mtoni.<|im_end|>"
+        ]
     );
 }
 

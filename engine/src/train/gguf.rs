@@ -18,6 +18,8 @@ use super::{Config, TrainError, Weights, load};
 /// llama.cpp's codes of token types.
 const NORMAL: i32 = 1;
 const CONTROL: i32 = 3;
+const USER_DEFINED: i32 = 4;
+const UNUSED: i32 = 5;
 /// llama.cpp's codes of file types.
 const MOSTLY_F16: u32 = 1;
 const MOSTLY_Q8_0: u32 = 7;
@@ -101,13 +103,6 @@ pub fn export_weights<W: Write + Seek>(
 ) -> Result<(), TrainError> {
     let config: Config = read(&folder.join("config.json"))?;
     config.check()?;
-    let stretched = config.rope_scaling.as_ref().or(config.rope_parameters.as_ref());
-    let theta = stretched.and_then(|s| s.rope_theta).unwrap_or(config.rope_theta);
-    if stretched.is_some_and(|s| s.rope_type.as_deref().is_some_and(|kind| kind != "default")) {
-        return Err(TrainError::Unsupported(
-            "its rotary positions are stretched".to_owned(),
-        ));
-    }
     let tokenizer: Json = read(&folder.join("tokenizer.json"))?;
     let tokenizer_config: Json = read(&folder.join("tokenizer_config.json"))?;
 
@@ -135,12 +130,26 @@ pub fn export_weights<W: Write + Seek>(
             Value::F32(config.rms_norm_eps as f32),
         ),
         (of("rope.dimension_count"), count(config.head_width())),
-        (of("rope.freq_base"), Value::F32(theta as f32)),
+        (of("rope.freq_base"), Value::F32(config.theta() as f32)),
         (of("vocab_size"), count(config.vocab_size)),
     ];
     let vocabulary = vocabulary(&config, &tokenizer, &tokenizer_config)?;
     metadata.extend(vocabulary.into_iter().map(|(key, value)| (key.to_owned(), value)));
-    let tensors = tensors(&config, weights, precision)?;
+    let template = chat_template(folder, &tokenizer_config)?;
+    metadata.extend(template.map(|template| ("tokenizer.chat_template".to_owned(), text(&template))));
+    let mut tensors = tensors(&config, weights, precision)?;
+    match stretched(&config)? {
+        Stretched::No => {}
+        Stretched::Alike(factor) => {
+            metadata.push((of("rope.scaling.type"), text("linear")));
+            metadata.push((of("rope.scaling.factor"), Value::F32(factor)));
+        }
+        Stretched::Each(factors) => {
+            let count = factors.len();
+            let factors = Tensor::from_vec(factors, count, &Device::Cpu)?;
+            tensors.push((FACTORS.to_owned(), QTensor::quantize(&factors, GgmlDType::F32)?));
+        }
+    }
 
     let metadata: Vec<_> = metadata
         .iter()
@@ -152,6 +161,61 @@ pub fn export_weights<W: Write + Seek>(
         .collect();
     gguf_file::write(out, &metadata, &tensors)?;
     Ok(())
+}
+
+/// By what llama.cpp divides each frequency of rotary positions.
+const FACTORS: &str = "rope_freqs.weight";
+
+/// How a model's rotary positions are stretched.
+enum Stretched {
+    No,
+    /// All by one factor.
+    Alike(f32),
+    /// Each pair of a head by its own.
+    Each(Vec<f32>),
+}
+
+fn stretched(config: &Config) -> Result<Stretched, TrainError> {
+    let (plain, real) = (config.plain_frequencies(), config.frequencies()?);
+    let factors: Vec<f32> = plain
+        .zip(real)
+        .map(|(plain, real)| (plain / real) as f32)
+        .collect();
+    let first = factors.first().copied().unwrap_or(1.0);
+    if factors.iter().any(|factor| (factor - first).abs() > 1e-6 * first) {
+        // Only its Llama reads them.
+        return match config.model_type.as_str() {
+            "llama" => Ok(Stretched::Each(factors)),
+            other => Err(TrainError::Unsupported(format!(
+                "llama.cpp does not stretch the rotary positions of {other} like this"
+            ))),
+        };
+    }
+    if (first - 1.0).abs() > 1e-6 {
+        return Ok(Stretched::Alike(first));
+    }
+    Ok(Stretched::No)
+}
+
+/// The chat template of a model directory: a file of its own in newer ones, a field of the tokenizer's settings in others,
+/// there as text or as a list of named ones.
+pub(super) fn chat_template(folder: &Path, tokenizer_config: &Json) -> Result<Option<String>, TrainError> {
+    match fs::read_to_string(folder.join("chat_template.jinja")) {
+        Ok(text) => return Ok(Some(text)),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+        Err(error) => {
+            return Err(TrainError::File {
+                path: folder.join("chat_template.jinja"),
+                why: format!("cannot be read: {error}"),
+            });
+        }
+    }
+    let field = &tokenizer_config["chat_template"];
+    let named = field.as_array().and_then(|all| {
+        let default = all.iter().find(|one| one["name"] == "default");
+        default.and_then(|one| one["template"].as_str())
+    });
+    Ok(field.as_str().or(named).map(str::to_owned))
 }
 
 fn read<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T, TrainError> {
@@ -205,12 +269,15 @@ fn vocabulary(
         let kind = if added["special"] == Json::Bool(true) {
             CONTROL
         } else {
-            NORMAL
+            USER_DEFINED
         };
         place(content, added["id"].as_u64(), kind)?;
     }
-    if tokens.iter().any(String::is_empty) {
-        return Err(refuse("its ids have gaps"));
+    // Models are made a little wider than their vocabularies: what nothing stands for is never said.
+    for (id, (token, kind)) in tokens.iter_mut().zip(&mut kinds).enumerate() {
+        if token.is_empty() {
+            (*token, *kind) = (format!("[PAD{id}]"), UNUSED);
+        }
     }
     // Newer files hold merges as pairs, older ones as text with a space between.
     let merges = tokenizer["model"]["merges"]
@@ -247,9 +314,6 @@ fn vocabulary(
         ("tokenizer.ggml.padding_token_id", "pad_token"),
     ] {
         metadata.extend(id_of(name)?.map(|id| (key, id)));
-    }
-    if let Some(template) = tokenizer_config["chat_template"].as_str() {
-        metadata.push(("tokenizer.chat_template", text(template)));
     }
     metadata.push((
         "tokenizer.ggml.merges",

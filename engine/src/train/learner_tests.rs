@@ -50,6 +50,8 @@ fn candle_learns_what_the_fused_model_learns() {
     for more in [
         json!({"max_steps": 6}),
         json!({"max_steps": 6, "lora_dropout": 0.2, "sample_packing": false}),
+        json!({"max_steps": 6, "gradient_checkpointing": true, "bf16": true}),
+        json!({"max_steps": 6, "gradient_checkpointing": true, "lora_dropout": 0.2, "sample_packing": false}),
     ] {
         let settings = quick(more);
         let spec = spec(&base, &data, &settings);

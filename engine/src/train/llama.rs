@@ -8,243 +8,10 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::{D, DType, Device, Tensor};
-use serde::{Deserialize, Serialize};
 
+pub use super::config::{Config, RopeScaling};
 use super::fused::Dropout;
 use super::{Batch, TrainError, Weights};
-
-/// A `config.json` of the Llama, Qwen2 or Qwen3 family. Fields that do not change the arithmetic are ignored.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Config {
-    /// Width of the residual stream.
-    pub hidden_size: usize,
-    /// Width inside the feed-forward part.
-    pub intermediate_size: usize,
-    /// Layers.
-    pub num_hidden_layers: usize,
-    /// Query heads.
-    pub num_attention_heads: usize,
-    /// Key and value heads; as many as query heads when absent.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub num_key_value_heads: Option<usize>,
-    /// Width of one head; an equal share of the residual stream when absent.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub head_dim: Option<usize>,
-    /// Tokens.
-    pub vocab_size: usize,
-    /// Longest sequence.
-    pub max_position_embeddings: usize,
-    /// Keeps RMSNorm's division finite.
-    pub rms_norm_eps: f64,
-    /// Base of the rotary frequencies.
-    #[serde(default = "default_theta")]
-    pub rope_theta: f64,
-    /// Whether the output matrix is the embedding.
-    #[serde(default)]
-    pub tie_word_embeddings: bool,
-    /// Architecture family: `llama`, `qwen2` or `qwen3`.
-    #[serde(default = "default_type")]
-    pub model_type: String,
-    /// Activation of the feed-forward part: `silu`.
-    #[serde(default = "default_activation")]
-    pub hidden_act: String,
-    /// Biases in attention: not supported.
-    #[serde(default)]
-    pub attention_bias: bool,
-    /// Biases in the feed-forward part: not supported.
-    #[serde(default)]
-    pub mlp_bias: bool,
-    /// Stretched rotary positions: none, `linear` or `llama3`.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub rope_scaling: Option<RopeScaling>,
-    /// The same under its newer name, with `rope_theta` inside.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub rope_parameters: Option<RopeScaling>,
-    /// Attention that looks back only so far: not supported.
-    #[serde(default)]
-    pub use_sliding_window: bool,
-}
-
-/// How rotary positions are stretched beyond the length that a model was first trained for.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-pub struct RopeScaling {
-    /// `default`, `linear` or `llama3`.
-    #[serde(default, alias = "type", skip_serializing_if = "Option::is_none")]
-    pub rope_type: Option<String>,
-    /// Base of the frequencies, in newer files.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub rope_theta: Option<f64>,
-    /// How far positions are stretched.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub factor: Option<f64>,
-    /// `llama3`: waves longer than the old context by this are stretched in full.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub low_freq_factor: Option<f64>,
-    /// `llama3`: waves shorter than the old context by this are left alone.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub high_freq_factor: Option<f64>,
-    /// `llama3`: the context before stretching.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub original_max_position_embeddings: Option<f64>,
-}
-
-fn default_theta() -> f64 {
-    10_000.0
-}
-
-fn default_type() -> String {
-    "llama".to_owned()
-}
-
-fn default_activation() -> String {
-    "silu".to_owned()
-}
-
-impl Config {
-    /// Key and value heads.
-    pub fn kv_heads(&self) -> usize {
-        self.num_key_value_heads.unwrap_or(self.num_attention_heads)
-    }
-
-    /// Width of one head.
-    pub fn head_width(&self) -> usize {
-        self.head_dim
-            .unwrap_or(self.hidden_size / self.num_attention_heads.max(1))
-    }
-
-    /// Refuses what [`Llama`] would get wrong.
-    pub fn check(&self) -> Result<(), TrainError> {
-        let refuse = |why: String| Err(TrainError::Unsupported(why));
-        if !["llama", "qwen2", "qwen3"].contains(&self.model_type.as_str()) {
-            return refuse(format!(
-                "model_type is {}, not llama, qwen2 or qwen3",
-                self.model_type
-            ));
-        }
-        if self.hidden_act != "silu" {
-            return refuse(format!("hidden_act is {}, not silu", self.hidden_act));
-        }
-        if self.attention_bias || self.mlp_bias {
-            return refuse("it has biases".to_owned());
-        }
-        if self.use_sliding_window {
-            return refuse("its attention slides (use_sliding_window)".to_owned());
-        }
-        self.frequencies()?;
-        let (heads, kv_heads, width) = (self.num_attention_heads, self.kv_heads(), self.head_width());
-        if kv_heads == 0 || heads == 0 || heads % kv_heads != 0 {
-            return refuse(format!(
-                "{heads} query heads do not share {kv_heads} key heads evenly"
-            ));
-        }
-        if width == 0 || width % 2 != 0 {
-            return refuse(format!(
-                "its heads are {width} wide; rotary positions need an even width"
-            ));
-        }
-        Ok(())
-    }
-
-    /// Whether Q, K and V have biases.
-    pub fn has_biases(&self) -> bool {
-        self.model_type == "qwen2"
-    }
-
-    /// Whether each head of Q and K is normalised.
-    pub fn has_head_norms(&self) -> bool {
-        self.model_type == "qwen3"
-    }
-
-    /// The angle by which each pair of a head turns from one position to the next, in radians; half a head's width of
-    /// them. Stretched as `transformers` does it.
-    pub fn frequencies(&self) -> Result<Vec<f64>, TrainError> {
-        let refuse = |why: String| Err(TrainError::Unsupported(why));
-        let scaling = self.rope_parameters.as_ref().or(self.rope_scaling.as_ref());
-        let theta = scaling.and_then(|s| s.rope_theta).unwrap_or(self.rope_theta);
-        let width = self.head_width();
-        let plain = (0..width / 2).map(|pair| theta.powf(-2.0 * pair as f64 / width as f64));
-        let Some(scaling) = scaling else {
-            return Ok(plain.collect());
-        };
-        let need = |name: &str, value: Option<f64>| match value {
-            Some(value) if value > 0.0 => Ok(value),
-            _ => Err(TrainError::Unsupported(format!(
-                "its rotary scaling has no {name} above zero"
-            ))),
-        };
-        match scaling.rope_type.as_deref().unwrap_or("default") {
-            "default" => Ok(plain.collect()),
-            "linear" => {
-                let factor = need("factor", scaling.factor)?;
-                Ok(plain.map(|frequency| frequency / factor).collect())
-            }
-            "llama3" => {
-                let factor = need("factor", scaling.factor)?;
-                let low = need("low_freq_factor", scaling.low_freq_factor)?;
-                let high = need("high_freq_factor", scaling.high_freq_factor)?;
-                let old = need(
-                    "original_max_position_embeddings",
-                    scaling.original_max_position_embeddings,
-                )?;
-                if high <= low {
-                    return refuse(
-                        "its rotary scaling has high_freq_factor below low_freq_factor".to_owned(),
-                    );
-                }
-                let stretch = |frequency: f64| {
-                    let turns = old * frequency / std::f64::consts::TAU;
-                    let kept = ((turns - low) / (high - low)).clamp(0.0, 1.0);
-                    (1.0 - kept) * frequency / factor + kept * frequency
-                };
-                Ok(plain.map(stretch).collect())
-            }
-            other => refuse(format!("its rotary positions are scaled by {other}")),
-        }
-    }
-
-    /// Every tensor of the checkpoint and its shape, matrices as `[out, in]`.
-    pub fn shapes(&self) -> BTreeMap<String, Vec<usize>> {
-        let (hidden, inner) = (self.hidden_size, self.intermediate_size);
-        let query = self.num_attention_heads * self.head_width();
-        let key = self.kv_heads() * self.head_width();
-        let mut shapes = BTreeMap::from([
-            (
-                "model.embed_tokens.weight".to_owned(),
-                vec![self.vocab_size, hidden],
-            ),
-            ("model.norm.weight".to_owned(), vec![hidden]),
-        ]);
-        if !self.tie_word_embeddings {
-            shapes.insert("lm_head.weight".to_owned(), vec![self.vocab_size, hidden]);
-        }
-        for layer in 0..self.num_hidden_layers {
-            for (name, shape) in [
-                ("input_layernorm", vec![hidden]),
-                ("post_attention_layernorm", vec![hidden]),
-                ("self_attn.q_proj", vec![query, hidden]),
-                ("self_attn.k_proj", vec![key, hidden]),
-                ("self_attn.v_proj", vec![key, hidden]),
-                ("self_attn.o_proj", vec![hidden, query]),
-                ("mlp.gate_proj", vec![inner, hidden]),
-                ("mlp.up_proj", vec![inner, hidden]),
-                ("mlp.down_proj", vec![hidden, inner]),
-            ] {
-                shapes.insert(format!("model.layers.{layer}.{name}.weight"), shape);
-            }
-            let at = |name: &str| format!("model.layers.{layer}.self_attn.{name}");
-            if self.has_biases() {
-                shapes.insert(at("q_proj.bias"), vec![query]);
-                shapes.insert(at("k_proj.bias"), vec![key]);
-                shapes.insert(at("v_proj.bias"), vec![key]);
-            }
-            if self.has_head_norms() {
-                shapes.insert(at("q_norm.weight"), vec![self.head_width()]);
-                shapes.insert(at("k_norm.weight"), vec![self.head_width()]);
-            }
-        }
-        shapes
-    }
-}
 
 /// A low-rank addition to one matrix: `y = W x + scale · B (A x)`.
 #[derive(Debug, Clone)]
@@ -292,7 +59,7 @@ struct Linear {
 impl Linear {
     /// `[n, in]` to `[n, out]`.
     fn forward(&self, x: &Tensor) -> Result<Tensor, TrainError> {
-        let y = x.matmul(&self.weight.t()?)?;
+        let y = x.matmul(&whole(&self.weight)?.t()?)?;
         let y = match &self.bias {
             None => y,
             Some(bias) => y.broadcast_add(bias)?,
@@ -315,6 +82,23 @@ struct Layer {
     /// Norms of the heads of Q and K.
     head_norms: Option<(Tensor, Tensor)>,
     linears: BTreeMap<&'static str, Linear>,
+}
+
+/// A matrix as f32: itself, or widened for as long as it is used.
+fn whole(weight: &Tensor) -> Result<Tensor, TrainError> {
+    Ok(match weight.dtype() {
+        DType::F32 => weight.clone(),
+        _ => weight.to_dtype(DType::F32)?,
+    })
+}
+
+/// What all layers of one pass share.
+pub struct Pass {
+    examples: usize,
+    length: usize,
+    cos: Tensor,
+    sin: Tensor,
+    mask: Tensor,
 }
 
 /// Longest sequence that is trained on, whatever the model could read.
@@ -354,7 +138,8 @@ pub struct Llama {
 }
 
 impl Llama {
-    /// Takes f32 `weights` as they are: one that stands for a variable will train, any other stays frozen.
+    /// Takes `weights` as they are: one that stands for a variable will train, any other stays frozen. Vectors are f32,
+    /// matrices f32 or bf16; all arithmetic is f32.
     pub fn new(config: &Config, weights: &Weights) -> Result<Self, TrainError> {
         config.check()?;
         let shapes = config.shapes();
@@ -450,8 +235,13 @@ impl Llama {
         Ok(())
     }
 
-    /// Tokens, u32 `[examples, length]`, to normalised states `[examples · length, hidden_size]`.
-    pub fn states(&self, ids: &Tensor) -> Result<Tensor, TrainError> {
+    /// Layers.
+    pub fn layers(&self) -> usize {
+        self.layers.len()
+    }
+
+    /// Prepares for tokens, u32 `[examples, length]`.
+    pub fn pass(&self, ids: &Tensor) -> Result<Pass, TrainError> {
         let (examples, length) = ids.dims2()?;
         let limit = self.config.max_position_embeddings.min(POSITIONS_MAX);
         if length > limit {
@@ -459,25 +249,44 @@ impl Llama {
                 "{length} tokens in a row; its context holds {limit}"
             )));
         }
-        let mask = causal_mask(length, ids.device())?;
-        let cos = self.cos.narrow(0, 0, length)?;
-        let sin = self.sin.narrow(0, 0, length)?;
-        let mut x = self.embedding.index_select(&ids.flatten_all()?, 0)?;
-        for layer in &self.layers {
-            let normed = self.rms_norm(&x, &layer.attention_norm)?;
-            let attended = self.attention(layer, &normed, examples, length, &cos, &sin, &mask)?;
-            x = (x + attended)?;
-            let normed = self.rms_norm(&x, &layer.mlp_norm)?;
-            let gate = layer.linear("mlp.gate_proj", &normed)?.silu()?;
-            let up = layer.linear("mlp.up_proj", &normed)?;
-            x = (x + layer.linear("mlp.down_proj", &(gate * up)?)?)?;
+        Ok(Pass {
+            examples,
+            length,
+            cos: self.cos.narrow(0, 0, length)?,
+            sin: self.sin.narrow(0, 0, length)?,
+            mask: causal_mask(length, ids.device())?,
+        })
+    }
+
+    /// What enters the first layer, `[examples · length, hidden_size]`.
+    pub fn embed(&self, ids: &Tensor) -> Result<Tensor, TrainError> {
+        whole(&self.embedding.index_select(&ids.flatten_all()?, 0)?)
+    }
+
+    /// One layer.
+    pub fn layer(&self, index: usize, x: &Tensor, pass: &Pass) -> Result<Tensor, TrainError> {
+        let layer = &self.layers[index];
+        let normed = self.rms_norm(x, &layer.attention_norm)?;
+        let x = (x + self.attention(layer, &normed, pass)?)?;
+        let normed = self.rms_norm(&x, &layer.mlp_norm)?;
+        let gate = layer.linear("mlp.gate_proj", &normed)?.silu()?;
+        let up = layer.linear("mlp.up_proj", &normed)?;
+        Ok((&x + layer.linear("mlp.down_proj", &(gate * up)?)?)?)
+    }
+
+    /// Tokens, u32 `[examples, length]`, to normalised states `[examples · length, hidden_size]`.
+    pub fn states(&self, ids: &Tensor) -> Result<Tensor, TrainError> {
+        let pass = self.pass(ids)?;
+        let mut x = self.embed(ids)?;
+        for index in 0..self.layers.len() {
+            x = self.layer(index, &x, &pass)?;
         }
         self.rms_norm(&x, &self.norm)
     }
 
     /// States `[n, hidden_size]` to logits `[n, vocab_size]`.
     pub fn logits(&self, states: &Tensor) -> Result<Tensor, TrainError> {
-        Ok(states.matmul(&self.head.t()?)?)
+        Ok(states.matmul(&whole(&self.head)?.t()?)?)
     }
 
     /// Logits `[n, vocab_size]` at the positions that count in a batch.
@@ -487,7 +296,16 @@ impl Llama {
 
     /// Mean cross-entropy, in nats per counted token.
     pub fn loss(&self, batch: &Batch) -> Result<Tensor, TrainError> {
-        let logits = self.batch_logits(batch)?;
+        Self::cross_entropy(&self.batch_logits(batch)?, batch)
+    }
+
+    /// The same from what left the last layer.
+    pub fn loss_after(&self, x: &Tensor, batch: &Batch) -> Result<Tensor, TrainError> {
+        let picked = self.rms_norm(&x.index_select(&batch.picks, 0)?, &self.norm)?;
+        Self::cross_entropy(&self.logits(&picked)?, batch)
+    }
+
+    fn cross_entropy(logits: &Tensor, batch: &Batch) -> Result<Tensor, TrainError> {
         let logits = logits.broadcast_sub(&logits.detach().max_keepdim(D::Minus1)?)?;
         let whole = logits.exp()?.sum_keepdim(D::Minus1)?.log()?;
         let right = logits.gather(&batch.targets.unsqueeze(1)?.contiguous()?, 1)?;
@@ -519,20 +337,15 @@ impl Llama {
         Ok(x.broadcast_mul(&scale)?.broadcast_mul(weight)?)
     }
 
-    #[expect(
-        clippy::too_many_arguments,
-        reason = "the three tables are cut once per pass and shared by all layers"
-    )]
-    fn attention(
-        &self,
-        layer: &Layer,
-        x: &Tensor,
-        examples: usize,
-        length: usize,
-        cos: &Tensor,
-        sin: &Tensor,
-        mask: &Tensor,
-    ) -> Result<Tensor, TrainError> {
+    fn attention(&self, layer: &Layer, x: &Tensor, pass: &Pass) -> Result<Tensor, TrainError> {
+        let Pass {
+            examples,
+            length,
+            cos,
+            sin,
+            mask,
+        } = pass;
+        let (examples, length) = (*examples, *length);
         let (heads, kv_heads, width) = (
             self.config.num_attention_heads,
             self.config.kv_heads(),

@@ -17,11 +17,14 @@ pub mod base;
 pub mod candle;
 mod chat;
 pub mod checkpoint;
+mod config;
 pub mod data;
 pub mod fused;
 pub mod gguf;
 pub mod learner;
+mod lines;
 mod llama;
+mod memory;
 mod optim;
 pub mod results;
 mod rng;
@@ -33,6 +36,8 @@ mod weights;
 
 #[cfg(test)]
 mod data_tests;
+#[cfg(test)]
+mod files_tests;
 #[cfg(test)]
 mod learner_tests;
 #[cfg(test)]
@@ -106,6 +111,19 @@ pub enum TrainError {
         name: String,
         /// Why not.
         why: String,
+    },
+    /// The run takes more memory than it may.
+    #[error(
+        "training needs {} MiB of memory, {} MiB may be used: lower micro_batch_size or sequence_len, or set \
+         gradient_checkpointing or bf16",
+        needs.div_ceil(1 << 20),
+        has >> 20
+    )]
+    Memory {
+        /// Bytes that it takes.
+        needs: u64,
+        /// Bytes that there are.
+        has: u64,
     },
     /// A checkpoint cannot be gone on from.
     #[error("the checkpoint {0}")]

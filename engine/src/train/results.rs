@@ -305,6 +305,13 @@ const HEIGHT: f64 = 300.0;
 const LEFT: f64 = 420.0;
 const MARGIN: f64 = 44.0;
 
+/// The nearest of 1, 2 and 5 times a power of ten that is not smaller.
+fn round_step(least: f64) -> f64 {
+    let power = 10f64.powf(least.max(1e-6).log10().floor());
+    let times = [1.0, 2.0, 5.0].into_iter().find(|times| times * power >= least);
+    times.unwrap_or(10.0) * power
+}
+
 fn plot(losses: &[f32], looks: &[Look], compared: &[(&String, Held, Held)]) -> String {
     let mut out = format!(
         "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {WIDTH} {HEIGHT}\" font-family=\"sans-serif\" \
@@ -325,16 +332,28 @@ fn plot(losses: &[f32], looks: &[Look], compared: &[(&String, Held, Held)]) -> S
         "<text x=\"{MARGIN}\" y=\"20\" font-size=\"13\">Loss (nats per token) over {} steps</text>",
         losses.len()
     );
-    for tick in 0..=4 {
-        let loss = top * f64::from(tick) / 4.0;
+    let apart = round_step(top / 5.0);
+    for tick in 0..=(top / apart) as u32 {
+        let loss = f64::from(tick) * apart;
         let _ = writeln!(
             out,
             "<line x1=\"{MARGIN}\" x2=\"{:.1}\" y1=\"{1:.1}\" y2=\"{1:.1}\" stroke=\"#ddd\"/><text x=\"{2:.1}\" \
-             y=\"{3:.1}\" text-anchor=\"end\">{loss:.2}</text>",
+             y=\"{3:.1}\" text-anchor=\"end\">{4}</text>",
             LEFT - 20.0,
             y(loss),
             MARGIN - 4.0,
             y(loss) + 4.0,
+            // Without the digits that binary fractions leave.
+            (loss * 1e6).round() / 1e6,
+        );
+    }
+    let apart = round_step(steps / 5.0).max(1.0);
+    for tick in 0..=(steps / apart) as u32 {
+        let step = f64::from(tick) * apart;
+        let (x, y) = (x(step), bottom + 14.0);
+        let _ = writeln!(
+            out,
+            "<text x=\"{x:.1}\" y=\"{y:.1}\" text-anchor=\"middle\">{step}</text>"
         );
     }
     // At most a thousand points: a long run's curve is as wide as the picture.
@@ -360,10 +379,20 @@ fn plot(losses: &[f32], looks: &[Look], compared: &[(&String, Held, Held)]) -> S
     let _ = writeln!(
         out,
         "<text x=\"{MARGIN}\" y=\"{0:.1}\" fill=\"#2a6f97\">training</text><text x=\"{1:.1}\" y=\"{0:.1}\" \
-         fill=\"#c1121f\">held out</text>",
-        HEIGHT - 14.0,
+         fill=\"#c1121f\">held out</text><text x=\"{2:.1}\" y=\"{0:.1}\" fill=\"#868e96\">before</text><text x=\"{3:.1}\" \
+         y=\"{0:.1}\" fill=\"#2a6f97\">after</text>",
+        HEIGHT - 8.0,
         MARGIN + 60.0,
+        LEFT + 50.0,
+        LEFT + 104.0,
     );
+    for (step, loss) in &held {
+        let (x, y) = (x(*step), y(*loss));
+        let _ = writeln!(
+            out,
+            "<circle cx=\"{x:.1}\" cy=\"{y:.1}\" r=\"3\" fill=\"#c1121f\"/>"
+        );
+    }
     let _ = writeln!(
         out,
         "<text x=\"{LEFT}\" y=\"20\" font-size=\"13\">Held out, bits per byte: before and after</text>"

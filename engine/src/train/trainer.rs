@@ -9,10 +9,10 @@ use super::learner::{Learner, Numbers, Own, Taken};
 use super::llama::Config;
 use super::schedule::Schedule;
 use super::settings::Settings;
-use super::{Rng, TrainError};
+use super::{Rng, TrainError, memory};
 
 /// Tokens of one batch when looking at what was held out.
-const LOOK_TOKENS: usize = 2048;
+pub(super) const LOOK_TOKENS: usize = 2048;
 
 /// Learners that a checkpoint names at most: a run that goes back and forth more often keeps the first ones.
 const LEARNERS_MAX: usize = 64;
@@ -34,6 +34,8 @@ pub struct Spec<'a> {
     pub language: Option<&'a str>,
     /// Threads to compute with.
     pub threads: usize,
+    /// Bytes of private memory that a run may take; it does not begin with less than it needs.
+    pub memory: Option<u64>,
 }
 
 /// What one step did.
@@ -66,6 +68,8 @@ pub struct Outline {
     pub languages: Vec<String>,
     /// Numbers that will train.
     pub parameters: usize,
+    /// Bytes of private memory that it takes on our own trainer.
+    pub memory: u64,
     /// What a researcher should know of the data.
     pub notices: Vec<String>,
 }
@@ -76,6 +80,7 @@ pub fn outline(spec: &Spec<'_>) -> Result<Outline, TrainError> {
     super::base::check_weights(spec.base)?;
     let adapter = fresh(&config, spec.settings)?;
     Ok(Outline {
+        memory: memory::needed(&config, spec.settings, &data, adapter.values.len()),
         steps: schedule.total(),
         examples: data.examples.len(),
         held_out: data.held_out.len(),
@@ -144,6 +149,10 @@ impl Trainer {
         let (config, data, schedule) = prepare(spec)?;
         let settings = spec.settings.clone();
         let layout = fresh(&config, &settings)?;
+        let needs = memory::needed(&config, &settings, &data, layout.values.len());
+        if let Some(has) = spec.memory.filter(|has| needs > *has) {
+            return Err(TrainError::Memory { needs, has });
+        }
         let learner = make(spec, &layout)?;
         let state = State {
             base: spec.base_digest.to_owned(),

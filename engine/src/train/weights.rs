@@ -47,10 +47,9 @@ pub fn save(weights: &Weights, path: &Path, dtype: DType) -> Result<(), TrainErr
         tensors.push((name.as_str(), tensor.detach().to_dtype(dtype)?.contiguous()?));
     }
     let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
-    // Made here, because safetensors makes files that nobody else may read.
-    std::fs::File::create(path)?;
-    safetensors::serialize_to_file(tensors, Some(metadata), path).map_err(candle_core::Error::from)?;
-    Ok(())
+    // Written here, because safetensors makes files that nobody else may read.
+    let bytes = safetensors::serialize(tensors, Some(metadata)).map_err(candle_core::Error::from)?;
+    Ok(std::fs::write(path, bytes)?)
 }
 
 /// Turns weights into variables, and gives back the tensors that stand for them in a model.

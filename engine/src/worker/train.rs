@@ -19,6 +19,8 @@ pub(super) struct Training {
     scratch: PathBuf,
     threads: u16,
     facts: ModelFacts,
+    /// Private memory that a run may take.
+    memory: Option<Bytes>,
     /// A provider's trainer, which takes the place of our own.
     provided: Option<Rc<RefCell<Process>>>,
     /// The run in memory, as its last checkpoint left it.
@@ -56,6 +58,7 @@ impl Training {
             scratch: scratch.to_owned(),
             threads,
             facts,
+            memory: load.memory_limit,
             provided: None,
             current: None,
         })
@@ -111,6 +114,11 @@ impl Training {
             settings: &settings,
             language: work.language.as_deref(),
             threads: self.threads.into(),
+            // A provider's trainer lays its memory out in its own way, and so does a GPU.
+            memory: self
+                .memory
+                .filter(|_| self.provided.is_none() && !on_gpu())
+                .map(|has| has.0),
         };
         let make = |spec: &Spec<'_>| match &self.provided {
             #[cfg(feature = "cuda")]
@@ -200,9 +208,8 @@ impl Training {
 }
 
 /// Whether this lease has a GPU to itself.
-#[cfg(feature = "cuda")]
 fn on_gpu() -> bool {
-    std::env::var_os("CUDA_VISIBLE_DEVICES").is_some_and(|gpus| !gpus.is_empty())
+    cfg!(feature = "cuda") && std::env::var_os("CUDA_VISIBLE_DEVICES").is_some_and(|gpus| !gpus.is_empty())
 }
 
 /// Steps, and looks where they are due, until `until` or the end.
@@ -256,7 +263,9 @@ impl From<TrainError> for EngineError {
                 file: "the base model".into(),
                 reason,
             },
-            TrainError::Unsupported(_) | TrainError::Incapable(_) => Self::Unsupported { reason },
+            TrainError::Unsupported(_) | TrainError::Incapable(_) | TrainError::Memory { .. } => {
+                Self::Unsupported { reason }
+            }
             _ => Self::BadInput { reason },
         }
     }

@@ -31,8 +31,9 @@ impl Running {
                 .cloned(),
             ..Load::new(LoadKind::Train, files.path.clone())
         };
-        // As the scheduler estimates it.
+        // As the order says, which knows its settings; at least as the scheduler estimates it.
         let memory = key.model.bytes.0.saturating_mul(2).saturating_add(256 << 20);
+        let memory = memory.max(self.job.order.constraints.memory.0);
         let start = Start {
             key,
             load,

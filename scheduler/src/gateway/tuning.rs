@@ -279,6 +279,7 @@ pub(super) async fn create(State(shared): State<Arc<Shared>>, headers: HeaderMap
     }
     shared.tunings.room(caller.key)?;
     let outline = outline(&shared, &wanted, base, file.artifact).await?;
+    wishes.constraints.memory = wishes.constraints.memory.max(Bytes(outline.memory));
     // Before anything is trained: what cannot be served afterwards would be paid for nothing.
     let served = results::base_file(&shared, base).await?;
     let work = Work::Train(Train {

@@ -28,7 +28,9 @@ const UP: usize = 5;
 const DOWN: usize = 6;
 
 /// Rows of logits that are there at once, as elements.
-const LOGITS_MAX: usize = 4 << 20;
+pub(super) const LOGITS_MAX: usize = 4 << 20;
+/// As rows, at least and at most.
+pub(super) const LOGITS_ROWS: (usize, usize) = (16, 512);
 
 struct Linear {
     weight: Matrix,
@@ -112,6 +114,8 @@ pub struct Fused {
 /// A buffer of that length. What it held before is overwritten by whoever asks.
 fn room(buffer: &mut Vec<f32>, length: usize) -> &mut [f32] {
     if buffer.len() < length {
+        // No more than was planned: growth by doubling would take what nobody reckoned with.
+        buffer.reserve_exact(length - buffer.len());
         buffer.resize(length, 0.0);
     }
     &mut buffer[..length]
@@ -203,6 +207,48 @@ impl Fused {
         grads: &mut [f32],
     ) -> Result<f64, TrainError> {
         self.pass(adapter, batch, Some((scale, grads)))
+    }
+
+    /// Bytes of what passes keep and work in.
+    #[cfg(test)]
+    pub(super) fn held(&self) -> usize {
+        let kept = self.kept.iter().flat_map(|kept| {
+            let fields = [
+                &kept.x,
+                &kept.normed,
+                &kept.raw_query,
+                &kept.raw_key,
+                &kept.query,
+                &kept.key,
+                &kept.value,
+                &kept.mixed,
+                &kept.middle,
+                &kept.middle_normed,
+                &kept.gate,
+                &kept.up,
+                &kept.opened,
+            ];
+            fields.into_iter().chain(&kept.narrow)
+        });
+        let s = &self.scratch;
+        let scratch = [
+            &s.d_gate,
+            &s.d_query,
+            &s.d_key,
+            &s.d_value,
+            &s.d_normed,
+            &s.d_mixed,
+            &s.d_narrow,
+            &s.logits,
+            &s.picked,
+            &s.d_picked,
+            &s.x,
+            &s.last,
+            &s.dx,
+            &s.weight,
+            &s.thinned,
+        ];
+        4 * kept.chain(scratch).map(Vec::capacity).sum::<usize>()
     }
 
     /// Logits of every position, `[n, vocab_size]`: for comparing, a few tokens at a time.
@@ -353,7 +399,7 @@ impl Fused {
         kernels::rms_norm(last, picked, &self.norm, eps);
         let head = self.head.as_ref().unwrap_or(&self.embedding).whole(&mut s.weight);
         let d_picked = room(&mut s.d_picked, targets * hidden);
-        let most = (LOGITS_MAX / vocabulary).clamp(16, 512);
+        let most = (LOGITS_MAX / vocabulary).clamp(LOGITS_ROWS.0, LOGITS_ROWS.1);
         let mut loss = 0.0;
         for from in (0..targets).step_by(most) {
             let to = (from + most).min(targets);
