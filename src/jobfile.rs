@@ -11,9 +11,9 @@ use anyhow::{Context, Result};
 use karez_core::{
     id::{Country, Institution},
     records::{DEVICES_MAX, DataClass, Tier},
-    unit::{Credits, Rate},
+    unit::{Credits, Portion, Rate},
 };
-use karez_node::human::{Price, Size, Span};
+use karez_node::human::{Price, Share, Size, Span};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use std::{
@@ -119,6 +119,7 @@ struct Place {
     device: Option<String>,
     memory: Option<Size>,
     devices: Option<u32>,
+    share: Option<Share>,
     isolation: Tier,
     data: DataClass,
 }
@@ -238,6 +239,9 @@ fn parse(text: &str, name: &str, base: &Path) -> Result<Job> {
     {
         return refuse("devices", &format!("must be between 1 and {DEVICES_MAX}"));
     }
+    if file.place.share.is_some() && file.place.devices.is_some_and(|devices| devices > 1) {
+        return refuse("share", "is of one device: remove devices");
+    }
     let options = JobOptions {
         country: file.place.country,
         exclude_country: file.place.exclude_country,
@@ -249,6 +253,7 @@ fn parse(text: &str, name: &str, base: &Path) -> Result<Job> {
         device: file.place.device,
         memory: file.place.memory.map(|s| s.0),
         devices: file.place.devices.unwrap_or(1),
+        share: file.place.share.and_then(|share| Portion::share(share.0)),
         isolation: file.place.isolation,
         data: file.place.data,
         deadline: file.run.deadline.map(|s| s.0),
@@ -331,6 +336,7 @@ pub(crate) fn schema() -> Value {
                 "device": {"type": "string", "description": "start of the device class: cuda, cpu/x86-64-v3"},
                 "memory": {"type": ["string", "integer"], "description": "memory of one device, like \"8 GiB\""},
                 "devices": {"type": "integer", "minimum": 1, "maximum": DEVICES_MAX, "default": 1, "description": "devices of one node that each part takes"},
+                "share": {"type": "number", "exclusiveMinimum": 0, "maximum": 1, "description": "share of one device for each part, of its memory too, like 0.25; only owners who lend shares are asked"},
                 "isolation": {"enum": Tier::ALL.map(Tier::as_str), "default": "none", "description": "workers are cut off at least so far"},
                 "data": {"enum": DataClass::ALL.map(DataClass::as_str), "default": "public", "description": "how delicate the input is; only owners who take such data are given it"},
             })),

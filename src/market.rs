@@ -7,7 +7,8 @@ use crate::{
 };
 use anyhow::Result;
 use clap::Args;
-use karez_proto::control as wire;
+use karez_core::unit::Portion;
+use karez_proto::{control as wire, records};
 use serde_json::{Value, json};
 
 /// `karez offers`.
@@ -64,7 +65,7 @@ pub(crate) async fn offers(context: &Context, _: OffersArgs) -> Result<()> {
                 offer.institution.clone(),
                 offer.country.clone(),
                 device.class.clone(),
-                format!("{}/{}", device.free, device.count),
+                free(device),
                 rate(device.rate),
                 state.clone(),
             ]);
@@ -72,6 +73,20 @@ pub(crate) async fn offers(context: &Context, _: OffersArgs) -> Result<()> {
     }
     context.out.table(&table);
     Ok(())
+}
+
+/// What is free: whole devices of all there are, and what is left of those that are shared.
+fn free(device: &records::Device) -> String {
+    let parts = device.shared_milli.iter().filter(|milli| **milli > 0);
+    let parts: Vec<String> = parts
+        .map(|milli| Portion::of(0, *milli).unwrap_or(Portion::ONE).to_string())
+        .collect();
+    let whole = format!("{}/{}", device.free, device.count);
+    if parts.is_empty() {
+        whole
+    } else {
+        format!("{whole} + {}", parts.join(" + "))
+    }
 }
 
 pub(crate) async fn models(context: &Context, _: ModelsArgs) -> Result<()> {

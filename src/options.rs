@@ -3,9 +3,9 @@ use clap::Args;
 use karez_core::{
     id::{Country, Institution},
     records::{Constraints, DataClass, Tier},
-    unit::{Bytes, Credits, Millis, Rate, UtcMillis},
+    unit::{Bytes, Credits, Millis, Portion, Rate, UtcMillis},
 };
-use karez_node::human::Size;
+use karez_node::human::{Share, Size};
 use std::path::PathBuf;
 
 /// What is set aside for a job unless `--max-cost` says otherwise.
@@ -45,6 +45,10 @@ pub(crate) struct JobOptions {
     /// Devices of one node that each part takes
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
     pub(crate) devices: u32,
+    /// A share of one device for each part, of its memory too: 0.25. Only owners
+    /// who lend shares are asked
+    #[arg(long, value_name = "SHARE", value_parser = share, conflicts_with = "devices")]
+    pub(crate) share: Option<Portion>,
     /// Workers are cut off at least so far: seccomp, landlock+seccomp, container,
     /// machine
     #[arg(long, value_name = "TIER", default_value = "none", hide_default_value = true)]
@@ -113,6 +117,7 @@ impl Default for JobOptions {
             device: None,
             memory: None,
             devices: 1,
+            share: None,
             isolation: Tier::None,
             data: DataClass::Public,
             deadline: None,
@@ -143,6 +148,7 @@ impl JobOptions {
             licence: licence.to_owned(),
             data: self.data,
             devices: if self.devices > 1 { self.devices } else { 0 },
+            share_milli: self.share.map_or(0, Portion::share_milli),
             deadline: self.deadline.map(|left| now.after(left)),
             together: self.together,
         }
@@ -165,6 +171,12 @@ pub(crate) fn label(text: &str) -> Result<String, String> {
 /// A price from text.
 pub(crate) fn rate(text: &str) -> Result<Rate, karez_core::unit::UnitError> {
     text.parse().map(|c: Credits| Rate(c.0))
+}
+
+/// A share of one device from text.
+pub(crate) fn share(text: &str) -> Result<Portion, karez_node::human::QuantityError> {
+    text.parse::<Share>()
+        .map(|share| Portion::share(share.0).unwrap_or(Portion::ONE))
 }
 
 /// A span from text.

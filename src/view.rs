@@ -117,7 +117,7 @@ pub(crate) fn explanation(e: &wire::ExplainReply) -> Value {
 /// A listed offer as JSON.
 pub(crate) fn offer(view: &wire::OfferView) -> Value {
     let o = view.offer.clone().unwrap_or_default();
-    let device = |d: &records::Device| json!({"class": d.class, "count": d.count, "free": d.free, "memory_bytes": d.memory_bytes, "rate_microcredits": d.rate});
+    let device = |d: &records::Device| json!({"class": d.class, "count": d.count, "free": d.free, "memory_bytes": d.memory_bytes, "rate_microcredits": d.rate, "share_min_milli": d.share_min_milli, "shared_milli": d.shared_milli});
     let engine = |e: &records::Engine| json!({"name": e.name, "version": e.version, "work": e.work, "speed_milli": e.speed_milli, "method": e.method});
     json!({
         "node": hex(&o.node), "name": o.name, "institution": o.institution, "country": o.country, "state": o.state,

@@ -6,7 +6,7 @@ use crate::{
     prelude::*,
     records::{Lease, MeterReading, Order, Receipt, Usage, Verified},
     routing::Warmth,
-    unit::{DeviceMillis, Millis, Rate, UtcMillis},
+    unit::{DeviceMillis, Millis, Portion, Rate, UtcMillis},
 };
 use serde::{Deserialize, Serialize};
 
@@ -101,8 +101,8 @@ pub struct LeaseAsk {
     pub items: u64,
     /// On which class of device.
     pub device_class: String,
-    /// How many devices.
-    pub devices: u32,
+    /// How many devices, or what share of one.
+    pub devices: Portion,
     /// The price the scheduler saw; a node whose price has risen refuses.
     pub rate: Rate,
     /// The most that may be billed.

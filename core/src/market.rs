@@ -7,7 +7,7 @@ use crate::{
     placement::{ClassId, Policy, Shelved, Stock},
     prelude::*,
     records::{Offer, Verified, WorkKind},
-    unit::{DeviceMillis, Millis, MonoMillis, Now, Rate, Speed, UtcMillis},
+    unit::{DeviceMillis, Millis, MonoMillis, Now, Portion, Rate, Speed, UtcMillis, WHOLE},
 };
 
 /// The most nodes one scheduler believes in; further offers are refused until some expire.
@@ -32,6 +32,9 @@ pub struct Listing {
     ours: Vec<u32>,
     /// Devices others hold, per entry of `offer.devices`, as far as the offer tells.
     others: Vec<u32>,
+    /// What is free of each device that guests share, per entry of `offer.devices`: as the offer told, and as was placed
+    /// since. On which of them a share really goes is the node's to say.
+    shared: Vec<Vec<u32>>,
     /// Attempts that failed there since the last success.
     pub failures: u32,
     /// What finished leases showed, which weighs the more against what the offer claims the longer it took.
@@ -100,7 +103,76 @@ impl Listing {
         let count = self.offer.devices.get(device).map_or(0, |d| d.count);
         let held =
             self.ours.get(device).copied().unwrap_or(0) + self.others.get(device).copied().unwrap_or(0);
-        count.saturating_sub(held)
+        let shared = self.shared.get(device).map_or(0, |shared| shared.len() as u32);
+        count.saturating_sub(held.saturating_add(shared))
+    }
+
+    /// The most that one lease could have of entry `device` now, in thousandths: whole devices, or the largest share.
+    pub fn room(&self, device: usize) -> u32 {
+        match self.free(device) {
+            0 => self.shares(device).iter().copied().max().unwrap_or(0),
+            free => free.saturating_mul(WHOLE),
+        }
+    }
+
+    /// Whether so much of entry `device` is free.
+    pub fn has(&self, device: usize, portion: Portion) -> bool {
+        self.room(device) >= portion.milli()
+    }
+
+    /// How many leases over so much could have a place on entry `device` now.
+    pub fn seats(&self, device: usize, portion: Portion) -> u32 {
+        if !portion.is_share() {
+            return self.free(device) / portion.count().max(1);
+        }
+        let milli = portion.milli();
+        let of_shared = self.shares(device).iter().map(|free| free / milli);
+        of_shared.fold(
+            self.free(device).saturating_mul(WHOLE / milli),
+            u32::saturating_add,
+        )
+    }
+
+    /// As [`Self::seats`], were nothing held.
+    pub fn seats_at_most(&self, device: usize, portion: Portion) -> u32 {
+        let count = self.offer.devices.get(device).map_or(0, |d| d.count);
+        match portion.is_share() {
+            true => count.saturating_mul(WHOLE / portion.milli()),
+            false => count / portion.count().max(1),
+        }
+    }
+
+    fn shares(&self, device: usize) -> &[u32] {
+        self.shared.get(device).map_or(&[], Vec::as_slice)
+    }
+
+    /// Takes a share: of the fullest device that still has it, as its node will.
+    fn take_share(&mut self, device: usize, milli: u32) {
+        let whole = self.free(device);
+        let Some(shared) = self.shared.get_mut(device) else {
+            return;
+        };
+        let fits = shared.iter_mut().filter(|free| **free >= milli);
+        match fits.min() {
+            Some(free) => *free -= milli,
+            None if whole > 0 => shared.push(WHOLE - milli),
+            None => {}
+        }
+    }
+
+    /// Gives a share back: nobody here knows to which device, the fullest it can have come from is assumed. The next
+    /// offer tells.
+    fn give_share(&mut self, device: usize, milli: u32) {
+        let Some(shared) = self.shared.get_mut(device) else {
+            return;
+        };
+        let from = (0..shared.len()).filter(|i| shared[*i] + milli <= WHOLE);
+        if let Some(i) = from.max_by_key(|i| shared[*i]) {
+            shared[i] += milli;
+            if shared[i] == WHOLE {
+                shared.swap_remove(i);
+            }
+        }
     }
 
     /// Speed at that kind of work: as offered, moved towards what finished leases showed by as much device time as
@@ -330,8 +402,13 @@ impl Market {
             .devices
             .iter()
             .zip(&ours)
-            .map(|(d, ours)| (d.count - d.free).saturating_sub(*ours))
+            .map(|(d, ours)| {
+                (d.count - d.free)
+                    .saturating_sub(d.shared.len() as u32)
+                    .saturating_sub(*ours)
+            })
             .collect();
+        let shared = offer.devices.iter().map(|d| d.shared.clone()).collect();
         let connected = before
             .as_ref()
             .map_or_else(|| self.waiting.remove(&node), |known| known.connected);
@@ -346,6 +423,7 @@ impl Market {
             connected,
             ours,
             others,
+            shared,
             failures,
             measured,
             reclaims,
@@ -400,33 +478,39 @@ impl Market {
         (0..index.classes()).any(|class| index.count(ClassId(class as u32)).1 > 0)
     }
 
-    /// Counts devices of `class` as ours.
-    pub fn take(&mut self, node: &NodeId, class: &str, devices: u32) {
-        self.on_class(node, class, |ours, _, _| *ours = ours.saturating_add(devices));
-    }
-
-    /// Gives them back.
-    pub fn give_back(&mut self, node: &NodeId, class: &str, devices: u32) {
-        self.on_class(node, class, |ours, _, _| *ours = ours.saturating_sub(devices));
-    }
-
-    /// The node says it has none free, whatever we believed: so it is until its next offer.
-    pub fn mark_full(&mut self, node: &NodeId, class: &str) {
-        self.on_class(node, class, |ours, others, count| {
-            *others = count.saturating_sub(*ours)
+    /// Counts so much of `class` as ours.
+    pub fn take(&mut self, node: &NodeId, class: &str, portion: Portion) {
+        self.on_class(node, class, |listing, i| match portion.is_share() {
+            true => listing.take_share(i, portion.milli()),
+            false => listing.ours[i] = listing.ours[i].saturating_add(portion.count()),
         });
     }
 
-    fn on_class(&mut self, node: &NodeId, class: &str, change: impl FnOnce(&mut u32, &mut u32, u32)) {
+    /// Gives it back.
+    pub fn give_back(&mut self, node: &NodeId, class: &str, portion: Portion) {
+        self.on_class(node, class, |listing, i| match portion.is_share() {
+            true => listing.give_share(i, portion.milli()),
+            false => listing.ours[i] = listing.ours[i].saturating_sub(portion.count()),
+        });
+    }
+
+    /// The node says it has not so much free, whatever we believed: so it is until its next offer.
+    pub fn mark_full(&mut self, node: &NodeId, class: &str, portion: Portion) {
+        self.on_class(node, class, |listing, i| {
+            let shared = listing.shared[i].len() as u32;
+            let held = listing.ours[i].saturating_add(shared);
+            listing.others[i] = listing.offer.devices[i].count.saturating_sub(held);
+            if portion.is_share() {
+                listing.shared[i].fill(0);
+            }
+        });
+    }
+
+    fn on_class(&mut self, node: &NodeId, class: &str, change: impl FnOnce(&mut Listing, usize)) {
         self.change(node, false, |listing| {
-            let Some(i) = listing.offer.devices.iter().position(|d| d.class == class) else {
-                return;
-            };
-            change(
-                &mut listing.ours[i],
-                &mut listing.others[i],
-                listing.offer.devices[i].count,
-            );
+            if let Some(i) = listing.offer.devices.iter().position(|d| d.class == class) {
+                change(listing, i);
+            }
         });
     }
 
@@ -507,6 +591,8 @@ pub(crate) mod tests {
                 free: device[..digits].parse().unwrap(),
                 memory: Bytes(16 << 30),
                 rate: Rate(rate.parse::<u64>().unwrap() * 1_000_000),
+                share_min: 0,
+                shared: Vec::new(),
             }],
             engines: vec![Engine {
                 name: "noop".into(),
@@ -542,6 +628,7 @@ pub(crate) mod tests {
                             let more = offer_of(&format!("{name}:{value}"), sequence).into_inner();
                             offer.devices.extend(more.devices);
                         }
+                        "share" => offer.devices[0].share_min = value.parse().unwrap(),
                         "iso" => offer.isolation = value.into(),
                         "data" => offer.terms.data = value.parse().unwrap(),
                         "lic" => offer.terms.licences.push(value.into()),
@@ -660,19 +747,62 @@ pub(crate) mod tests {
             offer.devices[0].free = free;
             Signed::sign(offer, &secret_of("a"))
         };
-        market.take(&a, "gpu", 1);
+        market.take(&a, "gpu", Portion::ONE);
         assert_eq!(free(&market), 2, "ours");
         market.hear(NOW, a.0, offer(2, 2)).unwrap();
         assert_eq!(free(&market), 2, "the node counts ours too");
         market.hear(NOW, a.0, offer(1, 3)).unwrap();
         assert_eq!(free(&market), 1, "somebody else has one");
-        market.mark_full(&a, "gpu");
+        market.mark_full(&a, "gpu", Portion::ONE);
         assert_eq!(free(&market), 0, "it said it is full");
         assert!(!market.any_free());
-        market.give_back(&a, "gpu", 1);
+        market.give_back(&a, "gpu", Portion::ONE);
         assert_eq!(free(&market), 1, "ours came back");
-        market.give_back(&a, "gpu", 7);
-        market.take(&a, "tpu", 1);
+        market.give_back(&a, "gpu", Portion::devices(7));
+        market.take(&a, "tpu", Portion::ONE);
         assert_eq!(free(&market), 1, "neither too much nor another class");
+    }
+
+    #[test]
+    fn shares_lie_together_and_make_devices_whole_again() {
+        let a = node_of("a");
+        let mut market = market_of("a:2gpu@5,share=100");
+        let share = |milli| Portion::share(milli).unwrap();
+        let state = |m: &Market| {
+            let listing = m.get(&a).unwrap();
+            let mut shared = listing.shared[0].clone();
+            shared.sort_unstable();
+            (listing.free(0), shared, listing.seats(0, share(250)))
+        };
+        assert_eq!(state(&market), (2, vec![], 8));
+        market.take(&a, "gpu", share(600));
+        market.take(&a, "gpu", share(300));
+        assert_eq!(
+            state(&market),
+            (1, vec![100], 4),
+            "on the device that is shared already"
+        );
+        market.take(&a, "gpu", share(300));
+        assert_eq!(state(&market), (0, vec![100, 700], 2));
+        let listing = market.get(&a).unwrap();
+        assert_eq!((listing.room(0), listing.has(0, share(700))), (700, true));
+        assert!(!listing.has(0, share(701)) && !listing.has(0, Portion::ONE));
+        market.give_back(&a, "gpu", share(300));
+        assert_eq!(
+            state(&market),
+            (1, vec![100], 4),
+            "the fullest it can have come from"
+        );
+        market.mark_full(&a, "gpu", share(50));
+        assert_eq!(state(&market), (0, vec![0], 0));
+        // The node knows better.
+        let mut offer = offer_of("a:2gpu@5,share=100", 2).into_inner();
+        (offer.devices[0].free, offer.devices[0].shared) = (1, vec![900]);
+        market
+            .hear(NOW, a.0, Signed::sign(offer, &secret_of("a")))
+            .unwrap();
+        assert_eq!(state(&market), (1, vec![900], 7));
+        market.give_back(&a, "gpu", share(100));
+        assert_eq!(state(&market), (2, vec![], 8));
     }
 }

@@ -144,6 +144,91 @@ impl MonoMillis {
     }
 }
 
+/// How much of one node's devices of a class is held: so many whole ones, or a share of one. In thousandths of a device,
+/// never none.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Portion(u32);
+
+/// Thousandths of a whole device.
+pub const WHOLE: u32 = 1_000;
+
+impl Portion {
+    /// One whole device.
+    pub const ONE: Self = Self(WHOLE);
+
+    /// So many whole devices, at least one.
+    pub fn devices(count: u32) -> Self {
+        Self(count.clamp(1, u32::MAX / WHOLE) * WHOLE)
+    }
+
+    /// So many thousandths of one device: `None` for nothing and for a whole one.
+    pub fn share(milli: u32) -> Option<Self> {
+        (1..WHOLE).contains(&milli).then_some(Self(milli))
+    }
+
+    /// As records tell it: so many devices, or a share of one. `None` where they contradict each other.
+    pub fn of(devices: u32, share_milli: u32) -> Option<Self> {
+        match (devices, share_milli) {
+            (1.., 0) => Some(Self::devices(devices)),
+            (0 | 1, milli) => Self::share(milli),
+            _ => None,
+        }
+    }
+
+    /// In thousandths of a device.
+    pub fn milli(self) -> u32 {
+        self.0
+    }
+
+    /// Whether it is less than a device.
+    pub fn is_share(self) -> bool {
+        self.0 < WHOLE
+    }
+
+    /// Whole devices; none for a share.
+    pub fn count(self) -> u32 {
+        self.0 / WHOLE
+    }
+
+    /// The share in thousandths; none for whole devices.
+    pub fn share_milli(self) -> u32 {
+        self.0 % WHOLE
+    }
+
+    /// Devices that have to do with it.
+    pub fn touched(self) -> u32 {
+        self.0.div_ceil(WHOLE)
+    }
+
+    /// What holding it so long counts as, rounded up.
+    pub fn time(self, held: Millis) -> DeviceMillis {
+        let milli = u128::from(held.0) * u128::from(self.0);
+        DeviceMillis(u64::try_from(milli.div_ceil(WHOLE.into())).unwrap_or(u64::MAX))
+    }
+
+    /// How long it can be held for so much device time.
+    pub fn lasts(self, time: DeviceMillis) -> Millis {
+        let milli = u128::from(time.0) * u128::from(WHOLE) / u128::from(self.0.max(1));
+        Millis(u64::try_from(milli).unwrap_or(u64::MAX))
+    }
+
+    /// What of one device's memory belongs to it: all of it, or its share.
+    pub fn memory_of_one(self, device: Bytes) -> Bytes {
+        let bytes = u128::from(device.0) * u128::from(self.0.min(WHOLE)) / u128::from(WHOLE);
+        Bytes(u64::try_from(bytes).unwrap_or(u64::MAX))
+    }
+}
+
+impl fmt::Display for Portion {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (self.count(), self.share_milli()) {
+            (0, milli) => f.write_str(format!("0.{milli:03}").trim_end_matches('0')),
+            (count, _) => write!(f, "{count}"),
+        }
+    }
+}
+
 /// The two clocks, read together by the shell at each event.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Now {
@@ -184,6 +269,33 @@ mod tests {
                 "{rate} for {ms} ms"
             );
         }
+    }
+
+    #[test]
+    fn a_portion_is_whole_devices_or_a_share_of_one() {
+        for (devices, share, expected) in [
+            (1, 0, "1"),
+            (3, 0, "3"),
+            (0, 250, "0.25"),
+            (1, 5, "0.005"),
+            (0, 0, "none"),
+            (0, 1_000, "none"),
+            (2, 500, "none"),
+        ] {
+            let told = Portion::of(devices, share).map_or("none".into(), |portion| portion.to_string());
+            assert_eq!(told, expected, "{devices} and {share}");
+        }
+        let quarter = Portion::share(250).unwrap();
+        assert_eq!(
+            quarter.time(Millis(1_001)),
+            DeviceMillis(251),
+            "in the provider's favour"
+        );
+        assert_eq!(quarter.lasts(DeviceMillis(251)), Millis(1_004));
+        assert_eq!(quarter.memory_of_one(Bytes(16)), Bytes(4));
+        assert_eq!(Portion::devices(2).memory_of_one(Bytes(16)), Bytes(16));
+        assert_eq!(Portion::devices(2).time(Millis(30)), DeviceMillis(60));
+        assert_eq!(Portion::devices(0), Portion::ONE);
     }
 
     #[test]

@@ -229,8 +229,10 @@ struct Known {
 /// A lease that uses the machine now.
 struct Guest {
     stopper: Stopper,
-    /// The GPUs it has to itself.
+    /// The GPUs it has to itself, or the one it shares.
     gpus: Vec<String>,
+    /// Of which class, and which of the devices that are shared; none where it has them to itself.
+    slot: Option<(String, u32)>,
 }
 
 struct Daemon {
@@ -476,6 +478,8 @@ impl Daemon {
             free: requests,
             memory: self.found.memory,
             rate: self.config.rate_of(&model.class()),
+            share_min: 0,
+            shared: Vec::new(),
         };
         let devices = seen.models.iter().map(device).collect();
         let engines = seen.engines();

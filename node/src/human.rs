@@ -15,6 +15,10 @@ pub struct Span(pub Millis);
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Price(pub Rate);
 
+/// A share of one device in thousandths, from a thousandth to all of it: `0.25`, `"0.5"`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Share(pub u32);
+
 /// Text that is no such quantity; says what would be.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{text:?} is not {what}: write it like {like}")]
@@ -93,6 +97,21 @@ impl std::str::FromStr for Span {
     }
 }
 
+impl std::str::FromStr for Share {
+    type Err = QuantityError;
+    fn from_str(text: &str) -> Result<Self, QuantityError> {
+        let milli = scaled(text, &[("", 1_000)]).filter(|milli| (1..=1_000).contains(milli));
+        // At most a thousand.
+        milli
+            .map(|milli| Self(milli as u32))
+            .ok_or_else(|| QuantityError {
+                text: clip(text),
+                what: "a share of a device, from 0.001 to 1",
+                like: "0.25",
+            })
+    }
+}
+
 fn clip(text: &str) -> String {
     text.chars().take(40).collect()
 }
@@ -130,6 +149,13 @@ impl Quantity for Size {
 
 impl Quantity for Span {
     const EXPECTED: &'static str = "a span of time like \"10 s\"";
+    fn text(text: &str) -> Result<Self, String> {
+        text.parse().map_err(|e: QuantityError| e.to_string())
+    }
+}
+
+impl Quantity for Share {
+    const EXPECTED: &'static str = "a share of a device like 0.25";
     fn text(text: &str) -> Result<Self, String> {
         text.parse().map_err(|e: QuantityError| e.to_string())
     }
@@ -174,7 +200,7 @@ macro_rules! written {
         }
     )*};
 }
-written!(Size, Span, Price);
+written!(Size, Span, Price, Share);
 
 #[cfg(test)]
 mod tests {

@@ -554,6 +554,8 @@ impl Node {
                 free: 2,
                 memory: Bytes(1 << 32),
                 rate: Rate(3_600_000),
+                share_min: 0,
+                shared: Vec::new(),
             }],
             engines: vec![Engine {
                 name: "noop".into(),

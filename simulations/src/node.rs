@@ -14,7 +14,7 @@ use karez_core::{
     id::{Digest, LeaseKey},
     records::{NodeState, Order, Verified, Work},
     store::Change,
-    unit::{Bytes, Millis, MonoMillis, Now, Rate, UtcMillis},
+    unit::{Bytes, Millis, MonoMillis, Now, Portion, Rate, UtcMillis},
 };
 use std::collections::BTreeMap;
 
@@ -28,7 +28,7 @@ pub(crate) struct Worker {
     ends: u64,
     exit: Exit,
     totals: WorkerMeters,
-    devices: u32,
+    devices: Portion,
 }
 
 /// A node's process and its machine.
@@ -253,7 +253,7 @@ impl World {
         node.epoch += 1;
         let workers = std::mem::take(&mut node.workers);
         let sessions = node.sessions_now();
-        let busy: u32 = workers.values().map(|w| w.devices).sum();
+        let busy: u32 = workers.values().map(|w| w.devices.touched()).sum();
         self.recorder.stops(n, busy, self.checker.node(n));
         self.checker.died(n, self.now, workers.keys());
         // A word that was not stored is forgotten; the next start tells.
@@ -315,6 +315,9 @@ impl World {
     fn node_stores(&mut self, n: usize, mut changes: Vec<Change>) {
         if self.sabotaged(Sabotage::GrantUnstored) {
             changes.retain(|c| !matches!(c, Change::Put { table: "leases", value, .. } if value.ends_with(b"\"Granted\"}")));
+        }
+        if self.sabotaged(Sabotage::Crowd) {
+            changes.iter_mut().for_each(crowd);
         }
         self.checker.node_disk(n, &changes);
         for change in changes {
@@ -464,10 +467,10 @@ impl World {
 
     // Workers.
 
-    fn worker_starts(&mut self, n: usize, key: LeaseKey, order: &Order, items: u64, devices: u32) {
+    fn worker_starts(&mut self, n: usize, key: LeaseKey, order: &Order, items: u64, devices: Portion) {
         self.checker.started(n, key, self.now, &self.nodes[n].disk);
         self.recorder
-            .starts(n, key, devices, self.now, self.checker.node(n));
+            .starts(n, key, devices.touched(), self.now, self.checker.node(n));
         let (span, tokens) = self.work_takes(n, order, items);
         let span = (span * self.nodes[n].slow + self.rng.between(5, 200)).max(1);
         let rough = self.setup.faults_per_minute > 0 && !self.calm;
@@ -558,9 +561,10 @@ impl World {
         let Some(worker) = self.nodes[n].workers.remove(&key) else {
             return;
         };
-        self.recorder.ends(n, worker.devices, self.checker.node(n));
         self.recorder
-            .used((self.now - worker.began) * u64::from(worker.devices));
+            .ends(n, worker.devices.touched(), self.checker.node(n));
+        let used = worker.devices.time(Millis(self.now - worker.began));
+        self.recorder.used(used.0);
         let exit = if finished { worker.exit } else { Exit::Stopped };
         let meters = if finished {
             worker.totals
@@ -599,6 +603,22 @@ impl World {
     /// Messages to a node pass here, where a broken promise may swallow them.
     pub(crate) fn to_node_allowed(&self, message: &ToNode) -> bool {
         !(self.sabotaged(Sabotage::DropSettled) && matches!(message, ToNode::Settled { .. }))
+    }
+}
+
+/// A promise of a share becomes one of the first device that is shared.
+fn crowd(change: &mut Change) {
+    let Change::Put {
+        table: "leases",
+        value,
+        ..
+    } = change
+    else {
+        return;
+    };
+    if let Ok(mut row) = serde_json::from_slice::<serde_json::Value>(value) {
+        row["slot"] = 0.into();
+        *value = row.to_string().into_bytes();
     }
 }
 

@@ -142,6 +142,7 @@ fn listed_node(
         count: machine.devices,
         memory: machine.memory,
         rate: Rate(member.rate.0 * percent / 100),
+        share_min: 0,
     }];
     let mut speeds = vec![(WorkKind::Noop, 1_000_000)];
     for (kind, speed) in [
@@ -202,6 +203,7 @@ fn draw_node(rng: &mut Rng, setup: &Setup, n: usize) -> (NodeProcess, TrueNode) 
                 count: rng.between(1, 3) as u32,
                 memory: Bytes(memory),
                 rate: draw_price(rng),
+                share_min: rng.pick(&[0, 0, 100, 250, 500]),
             });
         }
     }
@@ -279,6 +281,8 @@ fn configure(rng: &mut Rng, setup: &Setup, n: usize, secret: SecretKey, truth: &
             },
             free: 0,
             memory: d.memory,
+            share_min: d.share_min,
+            shared: Vec::new(),
             rate: match setup.sabotage {
                 Some(Sabotage::Dearer) => Rate(d.rate.0 + 1),
                 _ => d.rate,

@@ -396,6 +396,8 @@ pub enum Sabotage {
     ForgetFences,
     /// Nodes count more devices than the machine has.
     Overbook,
+    /// Nodes put everybody who shares devices on the first of them.
+    Crowd,
     /// An ask reaches two nodes.
     AskTwice,
     /// Grants leave a node before they are on its disk.

@@ -403,6 +403,8 @@ fn draw_constraints(rng: &mut Rng) -> Constraints {
     }
     if rng.chance(100) {
         c.devices = rng.between(1, 2) as u32;
+    } else if rng.chance(250) {
+        c.share_milli = rng.pick(&[100, 250, 330, 500, 750]);
     }
     c.together = rng.chance(100);
     c

@@ -79,6 +79,7 @@ fn every_broken_promise_is_noticed() {
     for (sabotage, words) in [
         (ForgetFences, &["lives again", "after fence"][..]),
         (Overbook, &["promised", "and runs"]),
+        (Crowd, &["thousandths of one"]),
         (AskTwice, &["another node was asked", "granted by node"]),
         (GrantUnstored, &["granted before it was stored"]),
         (AcceptUnstored, &["acknowledged but is not on disk"]),

@@ -73,6 +73,46 @@ fn a_deadline_parts_together_and_a_recount_of_shares() {
     net.run(&["ledger", "shares"]).ok();
 }
 
+/// Half a device does the same work, is metered by halves, and is given by nobody who lends whole ones only.
+#[test]
+fn a_share_of_a_device_is_ordered_lent_and_billed() {
+    let net = Net::up();
+    let ask = |share: &str| {
+        net.run(&[
+            "generate",
+            "--json",
+            "--share",
+            share,
+            "--max-tokens",
+            "8",
+            "Why should I wash my hands?",
+        ])
+    };
+    ask("0.5").refused(5, &["share of a device", "devices are lent whole"]);
+    net.run(&["down"]).ok();
+    let mut lenders = 0;
+    for entry in fs::read_dir(net.home.join("up")).unwrap() {
+        let settings = entry.unwrap().path().join("node.toml");
+        if let Ok(text) = fs::read_to_string(&settings) {
+            let shares = "[shares]\ncpu = 0.25\n\n[limits]";
+            fs::write(settings, text.replacen("[limits]", shares, 1)).unwrap();
+            lenders += 1;
+        }
+    }
+    assert_eq!(lenders, 3);
+    net.run(&["up"]).ok();
+    let answer = ask("0.5").ok();
+    assert!(!answer.out.trim().is_empty(), "{answer:?}");
+    ask("0.2").refused(5, &["the smallest share lent is 0.25 of a device"]);
+    let jobs = net.run(&["jobs", "--all", "--json"]).ok().json();
+    let job = net.job(&find_id(&jobs));
+    assert_eq!(job["state"], "done", "{job}");
+    net.verified_ledger();
+    let lines = net.run(&["ledger", "usage", "--form", "ndjson"]).ok().out;
+    let used: serde_json::Value = serde_json::from_str(lines.lines().next().unwrap()).unwrap();
+    assert_eq!(used["devices"], 0.5, "{used}");
+}
+
 fn find_id(jobs: &serde_json::Value) -> String {
     let list = jobs.as_array().or_else(|| jobs["jobs"].as_array()).unwrap();
     list[0]["job"].as_str().unwrap().to_owned()

@@ -11,9 +11,9 @@ use crate::{
     id::LeaseKey,
     key::SchedulerId,
     prelude::*,
-    records::{Lease, NodeState, Outcome, Signed, Tier, Usage},
+    records::{Lease, NodeState, Outcome, SHARED_MAX, Signed, Tier, Usage},
     store::{Change, put},
-    unit::{Bytes, Millis, Now},
+    unit::{Bytes, Millis, Now, Portion, WHOLE},
 };
 use alloc::boxed::Box;
 
@@ -48,6 +48,8 @@ impl Agent {
                 out,
             );
         }
+        // Judged before: there is room.
+        let slot = self.slot_for(&ask.device_class, ask.devices).unwrap_or(0);
         let ttl = ask.ttl.min(TTL_MAX);
         let here = ask.here;
         let rate = self.device(&ask.device_class).map_or(ask.rate, |d| d.rate);
@@ -70,6 +72,7 @@ impl Agent {
         let lease = Signed::sign(lease, &self.config.secret);
         let holding = Holding {
             lease: lease.clone(),
+            slot,
             order: ask.order,
             holders: ask.holders,
             from: ask.from,
@@ -107,14 +110,47 @@ impl Agent {
         self.config.devices.iter().find(|d| d.class == class)
     }
 
-    pub(super) fn free(&self, class: &str) -> u32 {
-        let held: u32 = self
-            .holdings
-            .values()
-            .filter(|h| h.lease.device_class == class)
-            .map(Holding::devices)
-            .sum();
-        self.device(class).map_or(0, |d| d.count.saturating_sub(held))
+    /// What is held of a class: whole devices, and thousandths of each device that is shared, by its slot.
+    fn held_of(&self, class: &str) -> (u32, BTreeMap<u32, u32>) {
+        let (mut whole, mut shared) = (0u32, BTreeMap::new());
+        for holding in self.holdings.values().filter(|h| h.lease.device_class == class) {
+            match holding.held() {
+                Some(share) if share.is_share() => {
+                    let of_slot = shared.entry(holding.slot).or_insert(0u32);
+                    *of_slot = of_slot.saturating_add(share.milli());
+                }
+                Some(portion) => whole = whole.saturating_add(portion.count()),
+                None => {}
+            }
+        }
+        (whole, shared)
+    }
+
+    /// Whole devices of a class that are free, and what is free of those that are shared.
+    pub(super) fn free(&self, class: &str) -> (u32, Vec<u32>) {
+        let (whole, shared) = self.held_of(class);
+        let held = whole.saturating_add(shared.len() as u32);
+        let free = self.device(class).map_or(0, |d| d.count.saturating_sub(held));
+        (
+            free,
+            shared.values().map(|held| WHOLE.saturating_sub(*held)).collect(),
+        )
+    }
+
+    /// Whether there is room for so much of a class, and on which of the shared devices a share goes: the fullest that
+    /// still has it, so that others stay whole.
+    fn slot_for(&self, class: &str, portion: Portion) -> Option<u32> {
+        let (free, _) = self.free(class);
+        if !portion.is_share() {
+            return (free >= portion.count()).then_some(0);
+        }
+        let (_, shared) = self.held_of(class);
+        let fits = shared.iter().filter(|(_, held)| *held + portion.milli() <= WHOLE);
+        if let Some((slot, _)) = fits.max_by_key(|(_, held)| **held) {
+            return Some(*slot);
+        }
+        let fresh = (0u32..).find(|slot| !shared.contains_key(slot));
+        fresh.filter(|_| free > 0 && shared.len() < SHARED_MAX)
     }
 
     /// The owner's policy, and what the ask must agree with. The order is the researcher's own word; the
@@ -138,7 +174,7 @@ impl Agent {
             return mismatch("the part lies outside the order's items");
         }
         if ask.devices != order.constraints.devices() {
-            return mismatch("another number of devices is asked for than the order wants");
+            return mismatch("other devices are asked for than the order wants");
         }
         if let Some(seen) = self.fences.get(&(ask.key.job, ask.key.part))
             && seen.fence >= ask.key.fence
@@ -190,7 +226,17 @@ impl Agent {
                 why: format!("there is no device of class {}", ask.device_class),
             });
         };
-        if !device.class.starts_with(c.device.as_str()) || device.memory < c.memory {
+        if !device.lends(ask.devices) {
+            return policy(match device.share_min {
+                0 => "devices are lent whole".into(),
+                least => format!(
+                    "no share under {} of a device is lent",
+                    Portion::of(0, least).unwrap_or(Portion::ONE)
+                ),
+            });
+        }
+        if !device.class.starts_with(c.device.as_str()) || ask.devices.memory_of_one(device.memory) < c.memory
+        {
             return mismatch("the order excludes this device");
         }
         let fits = |model: &ArtifactRef| model.runs_on(&ask.device_class);
@@ -205,7 +251,7 @@ impl Agent {
         if (c.donated_only && device.rate.0 > 0) || c.rate_max.is_some_and(|max| device.rate > max) {
             return mismatch("the order's price limit excludes this device");
         }
-        if self.free(&ask.device_class) < ask.devices || self.holdings.len() >= HELD_MAX {
+        if self.slot_for(&ask.device_class, ask.devices).is_none() || self.holdings.len() >= HELD_MAX {
             return Err(Refusal::Busy {
                 class: ask.device_class.clone(),
             });
@@ -246,6 +292,7 @@ impl Agent {
             items: holding.lease.items,
             device_class: holding.lease.device_class.clone(),
             devices: holding.lease.devices,
+            slot: holding.slot,
             from: holding.from,
         });
     }

@@ -9,7 +9,7 @@ use crate::{
     prelude::*,
     records::{Lease, MeterReading, Meters, NodeState, Order, Outcome, Usage, Verified, Work},
     store::{Stored, StoredError, read},
-    unit::{Bytes, DeviceMillis, Millis, MonoMillis, Now, UtcMillis},
+    unit::{Bytes, DeviceMillis, Millis, MonoMillis, Now, Portion, UtcMillis},
 };
 use serde::{Deserialize, Serialize};
 
@@ -84,6 +84,9 @@ pub(super) struct Holding {
     pub(super) holders: Vec<Holder>,
     #[serde(default)]
     pub(super) from: Option<ArtifactRef>,
+    /// Of a lease over a share: which of the devices that are shared.
+    #[serde(default)]
+    pub(super) slot: u32,
     pub(super) ttl: Millis,
     pub(super) stage: Stage,
     #[serde(skip)]
@@ -116,23 +119,15 @@ impl Holding {
         }
     }
 
-    /// Devices held now: a lease that ended holds none.
-    pub(super) fn devices(&self) -> u32 {
-        if matches!(self.stage, Stage::Ended(_)) {
-            0
-        } else {
-            self.lease.devices
-        }
+    /// What is held now: a lease that ended holds nothing.
+    pub(super) fn held(&self) -> Option<Portion> {
+        (!matches!(self.stage, Stage::Ended(_))).then_some(self.lease.devices)
     }
 
     fn device_ms(&self, now: MonoMillis) -> DeviceMillis {
         match self.stage {
             Stage::Granted => DeviceMillis::ZERO,
-            _ => DeviceMillis(
-                now.since(self.live.started)
-                    .0
-                    .saturating_mul(self.lease.devices.into()),
-            ),
+            _ => self.lease.devices.time(now.since(self.live.started)),
         }
     }
 
@@ -151,18 +146,13 @@ impl Holding {
         let device_ms = self.device_ms(now);
         Meters {
             device_ms,
-            loading: DeviceMillis(
-                w.loading
-                    .0
-                    .saturating_mul(self.lease.devices.into())
-                    .min(device_ms.0),
-            ),
+            loading: self.lease.devices.time(w.loading).min(device_ms),
             cpu: w.cpu,
             memory_peak: w.memory_peak,
             memory_byte_seconds: w
                 .memory_peak
                 .0
-                .saturating_mul(device_ms.0 / u64::from(self.lease.devices.max(1)))
+                .saturating_mul(self.lease.devices.lasts(device_ms).0)
                 / 1_000,
             tokens_in: w.tokens_in,
             tokens_out: w.tokens_out,
@@ -311,9 +301,8 @@ impl Agent {
     }
 
     pub(super) fn limit_at(&self, holding: &Holding) -> MonoMillis {
-        holding.live.started.after(Millis(
-            holding.lease.device_ms_max.0 / u64::from(holding.lease.devices.max(1)),
-        ))
+        let most = holding.lease.devices.lasts(holding.lease.device_ms_max);
+        holding.live.started.after(most)
     }
 
     /// The one entrance. Never waits; pushes what the shell must do, in order.

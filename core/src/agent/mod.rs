@@ -22,7 +22,7 @@ use crate::{
     prelude::*,
     records::{Device, Engine, Offer, Order, Verified},
     store::Change,
-    unit::{Bytes, Millis},
+    unit::{Bytes, Millis, Portion},
 };
 
 /// What the owner set and the probe measured. Fixed while the agent lives, but for [`Event::Capacity`].
@@ -267,8 +267,10 @@ pub enum Effect {
         items: u64,
         /// On which class of device.
         device_class: String,
-        /// How many devices.
-        devices: u32,
+        /// How many devices, or what share of one.
+        devices: Portion,
+        /// Of a share: which of the devices that are shared. Shares with the same number are of the same device.
+        slot: u32,
         /// The state to go on from.
         from: Option<ArtifactRef>,
     },

@@ -8,7 +8,7 @@ use crate::{
     key::{PublicKey, SchedulerId, UserId},
     records::{Constraints, Lease, Outcome, Signed, Usage, Work},
     store::Stored,
-    unit::{Credits, DeviceMillis, MonoMillis, Now, Rate, Speed, UtcMillis},
+    unit::{Credits, DeviceMillis, MonoMillis, Now, Portion, Rate, Speed, UtcMillis},
 };
 use alloc::boxed::Box;
 
@@ -41,6 +41,8 @@ fn config() -> AgentConfig {
             free: 0,
             memory: Bytes(16 << 30),
             rate: Rate(1_000_000),
+            share_min: 100,
+            shared: Vec::new(),
         }],
         engines: vec![engine(WorkKind::Noop), engine(WorkKind::Embed)],
         cores: 8,
@@ -223,7 +225,7 @@ fn ask_for(order: Verified<Order>, fence: u64) -> LeaseAsk {
         items: order.items,
         order,
         device_class: "gpu".into(),
-        devices: 1,
+        devices: Portion::ONE,
         rate: Rate(1_000_000),
         device_ms_max: DeviceMillis(60_000),
         ttl: Millis(15_000),
@@ -333,13 +335,40 @@ fn a_lease_is_granted_by_the_owners_policy_and_the_users_word() {
             "two devices for one",
             with(|o| o.constraints.devices = 2),
             |_| {},
-            "refused: the ask does not match its order: another number of devices",
+            "refused: the ask does not match its order: other devices are asked for",
         ),
         (
             "two devices",
             with(|o| o.constraints.devices = 2),
-            |a| a.devices = 2,
+            |a| a.devices = Portion::devices(2),
             "granted, start",
+        ),
+        (
+            "a share",
+            with(|o| o.constraints.share_milli = 250),
+            |a| a.devices = Portion::share(250).unwrap(),
+            "granted, start",
+        ),
+        (
+            "a share for a whole device",
+            with(|_| {}),
+            |a| a.devices = Portion::share(250).unwrap(),
+            "refused: the ask does not match its order: other devices are asked for",
+        ),
+        (
+            "a share that is too small",
+            with(|o| o.constraints.share_milli = 99),
+            |a| a.devices = Portion::share(99).unwrap(),
+            "refused: the owner's policy: no share under 0.1 of a device is lent",
+        ),
+        (
+            "a share with too little memory",
+            with(|o| {
+                o.constraints.share_milli = 250;
+                o.constraints.memory = Bytes((4 << 30) + 1);
+            }),
+            |a| a.devices = Portion::share(250).unwrap(),
+            "refused: the ask does not match its order: the order excludes this device",
         ),
         (
             "people's data",
@@ -374,7 +403,7 @@ fn a_lease_is_granted_by_the_owners_policy_and_the_users_word() {
         (
             "no device",
             with(|_| {}),
-            |a| a.devices = 0,
+            |a| a.devices = Portion::devices(2),
             "refused: the ask does not match",
         ),
         (
@@ -418,7 +447,7 @@ fn a_lease_is_granted_by_the_owners_policy_and_the_users_word() {
         (
             "too many devices",
             with(|o| o.constraints.devices = 3),
-            |a| a.devices = 3,
+            |a| a.devices = Portion::devices(3),
             "refused: no free gpu device",
         ),
     ];
@@ -454,6 +483,81 @@ fn no_device_is_promised_twice_whoever_asks() {
         "granted, start",
         "a lease that ended holds no device"
     );
+}
+
+#[test]
+fn shares_lie_on_as_few_devices_as_can_be() {
+    let mut bench = Bench::new();
+    let share = |nonce, milli: u32| {
+        let order = order(nonce, move |o| o.constraints.share_milli = milli);
+        let mut ask = ask_for(order, 1);
+        ask.devices = Portion::share(milli).unwrap();
+        ask
+    };
+    let mut keys = Vec::new();
+    for (nonce, milli, expected) in [
+        (1, 600, "granted, start"),
+        (2, 300, "granted, start"),
+        (3, 700, "granted, start"),
+        (4, 400, "refused: no free gpu device"),
+        (5, 300, "granted, start"),
+        (6, 100, "granted, start"),
+        (7, 100, "refused: no free gpu device"),
+    ] {
+        let ask = share(nonce, milli);
+        keys.push(ask.key);
+        assert_eq!(bench.ask(S, ask), expected, "{nonce}");
+    }
+    assert_eq!(bench.agent.free("gpu"), (0, vec![0, 0]));
+    assert_eq!(
+        bench.ask(S, ask_for(order(8, |_| {}), 1)),
+        "refused: no free gpu device"
+    );
+    // Both guests of one device leave, and it is whole again.
+    for key in [keys[2], keys[4]] {
+        bench.tell(exited(key, Exit::Done(blob("r"))));
+    }
+    assert_eq!(bench.agent.free("gpu"), (1, vec![0]));
+    assert_eq!(bench.ask(S, ask_for(order(9, |_| {}), 1)), "granted, start");
+}
+
+#[test]
+fn a_share_stays_on_its_device_over_a_restart() {
+    let mut bench = Bench::new();
+    for (nonce, milli) in [(1, 600), (2, 700), (3, 200)] {
+        let order = order(nonce, |o| {
+            embed(o);
+            o.constraints.share_milli = milli;
+        });
+        let mut ask = ask_for(order, 1);
+        ask.devices = Portion::share(milli).unwrap();
+        assert_eq!(bench.ask(S, ask), "granted, fetch");
+    }
+    assert_eq!(bench.agent.free("gpu"), (0, vec![400, 100]));
+    bench.restart();
+    assert_eq!(bench.agent.free("gpu"), (0, vec![400, 100]));
+}
+
+#[test]
+fn a_share_of_a_device_for_an_hour_is_a_share_of_a_device_hour() {
+    let mut bench = Bench::new();
+    let order = order(1, |o| o.constraints.share_milli = 250);
+    let mut ask = ask_for(order, 1);
+    ask.devices = Portion::share(250).unwrap();
+    ask.device_ms_max = DeviceMillis(1_000);
+    let key = ask.key;
+    bench.ask(S, ask);
+    bench.now += 2_000;
+    let gone = Exit::Failed {
+        why: "it fell".into(),
+        retryable: true,
+    };
+    let told = bench.tell(exited(key, gone));
+    let used = told.iter().find_map(|effect| match effect {
+        Effect::Send(_, ToScheduler::Finished(f)) => Some(f.usage.meters.device_ms),
+        _ => None,
+    });
+    assert_eq!(used, Some(DeviceMillis(500)));
 }
 
 #[test]

@@ -150,9 +150,13 @@ impl Agent {
         let devices = c
             .devices
             .iter()
-            .map(|d| crate::records::Device {
-                free: self.free(&d.class),
-                ..d.clone()
+            .map(|d| {
+                let (free, shared) = self.free(&d.class);
+                crate::records::Device {
+                    free,
+                    shared,
+                    ..d.clone()
+                }
             })
             .collect();
         let offer = Offer {

@@ -148,9 +148,10 @@ impl Controller {
         let Some(part) = job.parts.get(key.part as usize) else {
             return Err("no such part".into());
         };
-        let observed = Millis(now.utc.0.saturating_sub(part.asked_at.0))
-            .0
-            .saturating_mul(lease.devices.into());
+        let observed = lease
+            .devices
+            .time(Millis(now.utc.0.saturating_sub(part.asked_at.0)))
+            .0;
         let tolerated = observed
             .saturating_add(observed / 100 * TOLERANCE_PERCENT)
             .saturating_add(TOLERANCE.0);

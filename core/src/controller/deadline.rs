@@ -1,9 +1,13 @@
 //! Deadlines: cheapest while there is time to do the work twice, reliable when there is not.
 //!
 //! A deadline steers, it never refuses work that was accepted: what nothing can end in time runs where it is cheapest.
+//! When there is no time to lose, [`crate::placement::deadline`] says.
 use super::job::Job;
 use crate::{
-    placement::Request,
+    placement::{
+        Request,
+        deadline::{Advice, On, Race, advise},
+    },
     prelude::*,
     unit::{Millis, UtcMillis},
 };
@@ -19,19 +23,57 @@ pub(super) enum Urgency {
     Late,
 }
 
-/// How urgent work is that takes so long and must be over within `left`; a new start elsewhere takes `restart`.
-pub(super) fn urgency(left: Option<Millis>, takes: Millis, restart: Millis) -> Urgency {
-    match left {
-        None => Urgency::Relaxed,
-        Some(left) if left < takes => Urgency::Late,
-        // Twice over, and a tenth more: the last estimate was not exact either.
-        Some(left) if left < twice(takes).saturating_add(restart) => Urgency::Tight,
-        Some(_) => Urgency::Relaxed,
+/// How long the largest part of a job takes, fetching included.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Takes {
+    /// Where it is quickest.
+    pub(super) quickest: Millis,
+    /// Where it is quickest of all places that are hardly ever taken back; the same where there is none.
+    pub(super) surely: Millis,
+}
+
+/// What is still to be done of a job.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Needs {
+    /// Undisturbed, where it is quickest.
+    pub(super) rest: Millis,
+    /// All of it on a reliable machine.
+    pub(super) surely: Millis,
+    /// What one loss throws away at most.
+    pub(super) at_stake: Millis,
+}
+
+/// What is still to be done: parts in sequence wait for each other, and only the one that runs can be lost.
+pub(super) fn needs(job: &Job, takes: Takes) -> Needs {
+    Needs {
+        rest: rest(job, takes.quickest),
+        surely: rest(job, takes.surely),
+        at_stake: takes.quickest,
     }
 }
 
-fn twice(takes: Millis) -> Millis {
-    Millis(takes.0.saturating_mul(2).saturating_add(takes.0 / 10))
+/// How urgent it is to do that within `left`; a new start elsewhere takes `restart`.
+pub(super) fn urgency(left: Option<Millis>, needs: Needs, restart: Millis) -> Urgency {
+    let Some(left) = left else {
+        return Urgency::Relaxed;
+    };
+    if left < needs.rest {
+        return Urgency::Late;
+    }
+    let race = Race {
+        until: left,
+        left: needs.surely,
+        start: restart,
+        // The next question comes when this part is lost, at the worst; and a tenth later: the estimate was not exact.
+        step: Millis(needs.at_stake.0.saturating_add(needs.at_stake.0 / 10)),
+        on: On::Nothing,
+        fickle: true,
+        between: Millis::ZERO,
+    };
+    match advise(&race) {
+        Advice::Any => Urgency::Relaxed,
+        Advice::Reliable | Advice::Wait => Urgency::Tight,
+    }
 }
 
 /// How long until the job should be over.
@@ -83,19 +125,36 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
+    fn needs(rest: u64, surely: u64, at_stake: u64) -> Needs {
+        Needs {
+            rest: Millis(rest),
+            surely: Millis(surely),
+            at_stake: Millis(at_stake),
+        }
+    }
+
     #[test]
-    fn time_to_do_it_twice_is_the_line() {
-        let urgency = |left, takes| urgency(left, Millis(takes), Millis(10));
-        for (left, takes, expected) in [
-            (None, u64::MAX, Urgency::Relaxed),
-            (Some(220), 100, Urgency::Relaxed),
-            (Some(219), 100, Urgency::Tight),
-            (Some(100), 100, Urgency::Tight),
-            (Some(99), 100, Urgency::Late),
-            (Some(0), 0, Urgency::Tight),
-            (Some(u64::MAX), u64::MAX, Urgency::Relaxed),
+    fn time_to_lose_it_once_is_the_line() {
+        for (left, needs, expected) in [
+            (None, needs(u64::MAX, u64::MAX, u64::MAX), Urgency::Relaxed),
+            (Some(230), needs(100, 100, 100), Urgency::Relaxed),
+            (Some(229), needs(100, 100, 100), Urgency::Tight),
+            (Some(100), needs(100, 100, 100), Urgency::Tight),
+            (Some(99), needs(100, 100, 100), Urgency::Late),
+            // Of many parts in sequence one is at stake.
+            (Some(1_031), needs(1_000, 1_000, 10), Urgency::Relaxed),
+            (Some(1_030), needs(1_000, 1_000, 10), Urgency::Tight),
+            // Reliable machines are slower.
+            (Some(330), needs(100, 200, 100), Urgency::Relaxed),
+            (Some(329), needs(100, 200, 100), Urgency::Tight),
+            (Some(0), needs(0, 0, 0), Urgency::Tight),
+            (Some(u64::MAX), needs(u64::MAX, u64::MAX, 0), Urgency::Tight),
         ] {
-            assert_eq!(urgency(left.map(Millis), takes), expected, "{left:?} {takes}");
+            assert_eq!(
+                urgency(left.map(Millis), needs, Millis(10)),
+                expected,
+                "{left:?} {needs:?}"
+            );
         }
     }
 
@@ -105,7 +164,7 @@ mod tests {
         fn urgency_grows_with_work_and_as_time_goes_by(
             left in 0..1u64 << 40, takes in 0..1u64 << 40, restart in 0..1u64 << 20, less in 0..1u64 << 40,
         ) {
-            let at = |left, takes| urgency(Some(Millis(left)), Millis(takes), Millis(restart));
+            let at = |left, takes| urgency(Some(Millis(left)), needs(takes, takes, takes), Millis(restart));
             prop_assert!(at(left.saturating_sub(less), takes) >= at(left, takes));
             prop_assert!(at(left, takes + less) >= at(left, takes));
             // Whoever still has time to do it twice is not called urgent.

@@ -13,7 +13,7 @@ use crate::{
     key::NodeId,
     placement::{self, Candidate, Plan},
     prelude::*,
-    unit::{Millis, MonoMillis, Now},
+    unit::{Millis, MonoMillis, Now, Portion},
 };
 use alloc::collections::VecDeque;
 
@@ -29,8 +29,8 @@ pub(super) type Site = (Institution, Country);
 #[derive(Debug)]
 pub(super) struct Kept {
     site: Site,
-    /// Node, class, devices.
-    places: Vec<(NodeId, String, u32)>,
+    /// Node, class, what each part takes of it, and how many parts.
+    places: Vec<(NodeId, String, Portion, u32)>,
     until: MonoMillis,
 }
 
@@ -143,6 +143,7 @@ impl Controller {
                         feasible: need,
                         known,
                         warm: String::new(),
+                        advised: false,
                     };
                     self.ask(now, id, *part, plan, out);
                 }
@@ -195,14 +196,15 @@ impl Controller {
                 let at = listing.and_then(|listing| {
                     let devices = &listing.offer.devices;
                     let at = devices.iter().position(|d| d.class == candidate.device_class)?;
-                    Some((listing.free(at), devices[at].count))
+                    let portion = request.devices;
+                    Some((listing.seats(at, portion), listing.seats_at_most(at, portion)))
                 });
                 let (free, all) = at.unwrap_or_default();
                 Seats {
                     site: (candidate.institution.clone(), candidate.country),
                     score: candidate.score.0,
-                    free: free / request.devices.max(1),
-                    all: all / request.devices.max(1),
+                    free,
+                    all,
                 }
             })
             .collect();
@@ -241,15 +243,17 @@ impl Controller {
         let devices = self
             .jobs
             .get(&id)
-            .map_or(1, |job| job.order.constraints.devices());
+            .map_or(Portion::ONE, |job| job.order.constraints.devices());
         let (mut places, mut found) = (Vec::new(), 0);
         for (candidate, seat) in able.iter().zip(seats).filter(|(_, seat)| seat.site == site) {
             let take = seat.free.min(need - found);
             if take > 0 {
                 found += take;
-                let held = take.saturating_mul(devices);
-                self.market.take(&candidate.node, &candidate.device_class, held);
-                places.push((candidate.node, candidate.device_class.clone(), held));
+                for _ in 0..take {
+                    self.market
+                        .take(&candidate.node, &candidate.device_class, devices);
+                }
+                places.push((candidate.node, candidate.device_class.clone(), devices, take));
             }
         }
         self.kept.insert(id, Kept { site, places, until });
@@ -260,8 +264,10 @@ impl Controller {
     }
 
     fn give_back_kept(&mut self, kept: &Kept) {
-        for (node, class, devices) in &kept.places {
-            self.market.give_back(node, class, *devices);
+        for (node, class, devices, times) in &kept.places {
+            for _ in 0..*times {
+                self.market.give_back(node, class, *devices);
+            }
         }
     }
 

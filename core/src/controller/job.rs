@@ -1,5 +1,5 @@
 //! Jobs and their parts, as they are believed and stored.
-use super::view::LogLine;
+use super::{deadline::Takes, view::LogLine};
 use crate::{
     artifact::ArtifactRef,
     id::{Fence, JobId, LeaseKey, PartIndex, RecordId},
@@ -89,9 +89,9 @@ pub struct Job {
     /// Stored row by row, beside the job.
     #[serde(skip)]
     pub parts: Vec<Part>,
-    /// How long its largest part is expected to take where it would be quickest; unknown until somewhere could run it.
+    /// How long its largest part is expected to take; unknown until somewhere could run it.
     #[serde(skip)]
-    pub(super) takes: Option<Millis>,
+    pub(super) takes: Option<Takes>,
 }
 
 /// Bytes of the model that speeds of training are told for.

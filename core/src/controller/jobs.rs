@@ -20,6 +20,8 @@ use crate::{
 
 /// How long an order may be acceptable: its job, once dropped from the list, is remembered that long.
 pub const ORDER_LIFE_MAX: Millis = Millis(24 * 3_600_000);
+/// Up to so many nodes are looked at one by one to cut a job; of more, their classes say enough.
+const LOOKED_AT_MAX: usize = 2_000;
 /// The most dropped jobs whose orders have not expired; at the bound new orders wait until some have.
 pub const SPENT_MAX: usize = 1_000_000;
 
@@ -151,6 +153,11 @@ impl Controller {
             self.accounts.apply(&posting).map_err(Denial::Ledger)?;
             changes.push(Change::Post { posting, at: now.utc });
         }
+        if let Some(first) = job.parts.first() {
+            let parts = job.parts.len() as u64;
+            let (items, ceiling) = (first.items, first.ceiling);
+            self.forecast.note(now.mono, &job.order, parts, items, ceiling);
+        }
         job.note(
             now.utc,
             None,
@@ -174,22 +181,37 @@ impl Controller {
         // So many items that a speed is not lost in rounding, so few that none are too many for a node.
         let items = order.items.clamp(1, 1_000);
         let request = request(order, items, Credits(u64::MAX), &[]);
-        let (able, _) = placement::survey(&self.market, &request, &self.policy);
-        let free = |c: &placement::Candidate| {
-            let listing = self.market.get(&c.node)?;
-            let device = listing.offer.devices.iter().find(|d| d.class == c.device_class)?;
-            Some(u64::from(device.count))
+        // How long it takes, on how many places, and how many parts those could hold.
+        let mut able: Vec<(Millis, u32, u64)> = if self.market.len() > LOOKED_AT_MAX {
+            self.market.stock().capacity(&request, &self.policy)
+        } else {
+            let (able, _) = placement::survey(&self.market, &request, &self.policy);
+            let seats = |c: &placement::Candidate| {
+                let listing = self.market.get(&c.node)?;
+                let devices = &listing.offer.devices;
+                let at = devices.iter().position(|d| d.class == c.device_class)?;
+                Some(u64::from(listing.seats_at_most(at, request.devices)))
+            };
+            let able = able.iter();
+            able.map(|c| (c.duration, 1, seats(c).unwrap_or(0))).collect()
         };
-        let slots = able.iter().filter_map(free).sum::<u64>().max(1);
-        let mut durations: Vec<u64> = able.iter().map(|c| c.duration.0).collect();
-        durations.sort_unstable();
+        able.sort_unstable();
+        let slots = able
+            .iter()
+            .fold(0u64, |sum, (_, _, seats)| sum.saturating_add(*seats));
+        let mut before = able.iter().map(|(_, places, _)| u64::from(*places)).sum::<u64>() / 2;
+        let middling = able.iter().find(|(_, places, _)| {
+            let found = before < u64::from(*places);
+            before = before.saturating_sub(u64::from(*places));
+            found
+        });
         // What runs at the same time is cut for the devices there are.
-        let known = durations
-            .get(durations.len() / 2)
-            .filter(|_| !order.constraints.together);
-        let whole = |takes: &u64| u128::from(*takes) * u128::from(order.items) / u128::from(items);
-        let whole = known.map(|takes| Millis(u64::try_from(whole(takes)).unwrap_or(u64::MAX)));
-        (slots, whole)
+        let known = middling.filter(|_| !order.constraints.together);
+        let whole = known.map(|(takes, ..)| {
+            let whole = u128::from(takes.0) * u128::from(order.items) / u128::from(items);
+            Millis(u64::try_from(whole).unwrap_or(u64::MAX))
+        });
+        (slots.max(1), whole)
     }
 
     pub(super) fn cancel(
@@ -400,6 +422,12 @@ pub(super) fn contradictions(now: UtcMillis, order: &Order) -> Result<(), Denial
         return no(format!(
             "contradicts itself: its deadline lies {} s in the past",
             (now.0 - deadline.0).div_ceil(1_000)
+        ));
+    }
+    if c.share_milli > 0 && c.devices > 1 {
+        return no(format!(
+            "contradicts itself: each part should take {} devices, and a share of one",
+            c.devices
         ));
     }
     if c.together && order.work.in_sequence() {

@@ -3,6 +3,7 @@ use super::{
     ControllerConfig, Effect, Event, Member, Reply,
     accounting::{ANSWERS, Books, GRANTS, LIMITS, PAYMENTS, RATES},
     admission::{INVITATIONS, MEMBERS, Redeemed},
+    forecast::Forecast,
     gang::Kept,
     guide::Guide,
     job::{JOBS, Job, PARTS, Part},
@@ -25,14 +26,14 @@ use crate::{
     records::{Delegation, Verified},
     routing::{Hearth, Prefix},
     store::{Change, Stored, StoredError, put, read},
-    unit::{Credits, DeviceMillis, Millis, MonoMillis, Now, Rate, UtcMillis},
+    unit::{Credits, DeviceMillis, Millis, MonoMillis, Now, Portion, Rate, UtcMillis},
 };
 pub(super) const SPENT: &str = "spent";
 pub(super) const SHARES: &str = "shares";
 /// How far ahead of our clock an order may be dated.
 pub(super) const CLOCK_SKEW_MAX: Millis = Millis(300_000);
 /// Judgements of nodes per millisecond that placing may spend: with more waiting, the looks come less often.
-const JUDGEMENTS_PER_MS: u64 = 2_000;
+pub(super) const JUDGEMENTS_PER_MS: u64 = 2_000;
 /// Between two looks at most.
 const LOOK_GAP_MAX: u64 = 1_000;
 /// How long a node that refused, or a part that failed everywhere, is left alone.
@@ -96,6 +97,8 @@ pub struct Controller {
     pub(super) guide: Option<Guide>,
     /// When it may be asked again.
     pub(super) guide_at: MonoMillis,
+    /// What is likely to come.
+    pub(super) forecast: Forecast,
     /// What nodes keep warm.
     pub(super) hearth: Hearth,
     /// How the prompts of questions begin; at most [`PROMPTS_MAX`].
@@ -107,7 +110,7 @@ pub struct Controller {
 pub(super) struct Claim {
     pub(super) node: NodeId,
     pub(super) class: String,
-    pub(super) devices: u32,
+    pub(super) devices: Portion,
     pub(super) granted: bool,
     /// Past it, the node is not believed to hold the lease any more.
     pub(super) deadline: MonoMillis,
@@ -181,6 +184,7 @@ impl Controller {
             },
             guide: None,
             guide_at: MonoMillis::ZERO,
+            forecast: Forecast::default(),
             hearth: Hearth::default(),
             prompts: BTreeMap::new(),
             silent: BTreeMap::new(),
@@ -448,8 +452,7 @@ impl Controller {
     }
 
     /// Device time one lease of that part may bill.
-    pub(super) fn limit_of(&self, rate: Rate, part: &Part, devices: u32) -> DeviceMillis {
-        let longest = self.config.device_time_max.0.saturating_mul(devices.into());
-        device_limit(rate, part.ceiling, Millis(longest))
+    pub(super) fn limit_of(&self, rate: Rate, part: &Part, devices: Portion) -> DeviceMillis {
+        device_limit(rate, part.ceiling, devices.time(self.config.device_time_max))
     }
 }

@@ -9,6 +9,7 @@ mod accounting;
 mod admission;
 mod billing;
 mod deadline;
+mod forecast;
 mod gang;
 mod guide;
 mod job;

@@ -6,9 +6,12 @@ use super::{Effect, deadline, job::JobState, mind::Controller};
 use crate::{
     id::{Institution, JobId, LeaseKey, PartIndex},
     key::NodeId,
-    placement::{self, Matcher},
+    placement::{
+        self, Matcher,
+        deadline::{Advice, On, Race, advise},
+    },
     prelude::*,
-    unit::{Credits, DeviceMillis, Millis, MonoMillis, Now, UtcMillis},
+    unit::{Credits, Millis, MonoMillis, Now, Portion, UtcMillis},
 };
 use alloc::collections::VecDeque;
 
@@ -63,7 +66,7 @@ impl Moves {
 pub(super) struct Room {
     node: NodeId,
     class: String,
-    devices: u32,
+    devices: Portion,
     whose: Institution,
     job: JobId,
     part: PartIndex,
@@ -199,14 +202,14 @@ impl Controller {
         now: Now,
         node: &NodeId,
         class: &str,
-        devices: u32,
+        devices: Portion,
         whose: &Institution,
     ) -> Option<(UtcMillis, Vec<LeaseKey>)> {
         let listing = self.market.get(node)?;
         let at = listing.offer.devices.iter().position(|d| d.class == class)?;
-        let mut free = listing.free(at);
+        let mut free = listing.room(at);
         let keys: Vec<LeaseKey> = self.claims_of.get(node)?.iter().copied().collect();
-        let mut guests: Vec<(UtcMillis, u32, LeaseKey)> = keys
+        let mut guests: Vec<(UtcMillis, Portion, LeaseKey)> = keys
             .into_iter()
             .filter(|key| !self.moving.contains(key))
             .filter_map(|key| {
@@ -217,13 +220,15 @@ impl Controller {
                     && !job.order.constraints.together
                     && part.moves < MOVES_OF_PART
                     && part.asked_at.after(STAY_MIN) <= now.utc;
-                may.then_some((part.asked_at, claim.devices, key))
+                // Who shares a device leaves none whole: only a share is made free by them.
+                let serves = may && (devices.is_share() || !claim.devices.is_share());
+                serves.then_some((part.asked_at, claim.devices, key))
             })
             .collect();
         guests.sort_unstable();
         let mut leaving = Vec::new();
         let mut counted: BTreeMap<Institution, usize> = BTreeMap::new();
-        while free < devices {
+        while free < devices.milli() {
             let (_, held, key) = guests.pop()?;
             let theirs = self.jobs.get(&key.job)?.order.institution.clone();
             let before = counted.entry(theirs.clone()).or_default();
@@ -231,7 +236,11 @@ impl Controller {
                 continue;
             }
             *before += 1;
-            free += held;
+            free = if devices.is_share() {
+                free.max(held.milli())
+            } else {
+                free.saturating_add(held.milli())
+            };
             leaving.push(key);
         }
         let asked = leaving.last().and_then(|key| Some(self.part(key)?.asked_at))?;
@@ -282,14 +291,14 @@ impl Controller {
             if room.whose != *whose || !room.leaving.is_empty() {
                 return true;
             }
-            let free = market.get(&room.node).map_or(0, |listing| {
+            let free = market.get(&room.node).is_some_and(|listing| {
                 let at = listing.offer.devices.iter().position(|d| d.class == room.class);
-                at.map_or(0, |at| listing.free(at))
+                at.is_some_and(|at| listing.has(at, room.devices))
             });
-            if free >= room.devices {
+            if free {
                 market.take(&room.node, &room.class, room.devices);
             }
-            free >= room.devices
+            free
         });
     }
 
@@ -321,6 +330,27 @@ impl Controller {
         }
     }
 
+    /// Whether work that needs so long on a reliable machine must be on one from now on. Who is on one already goes to
+    /// another kind only if `at_stake`, what can be lost there, could be done again.
+    fn slack_is_spent(&self, left: Millis, rest: Millis, reliable: bool, at_stake: Millis) -> bool {
+        let rounds = self.claims.len().div_ceil(LOOKED_AT) as u64;
+        let look = Millis(LOOK_GAP.0.saturating_mul(rounds.max(1)));
+        let (on, step) = match reliable {
+            true => (On::Reliable, look.saturating_add(at_stake)),
+            false => (On::Fickle, look),
+        };
+        let race = Race {
+            until: left,
+            left: rest,
+            start: self.policy.restart,
+            step,
+            on,
+            fickle: true,
+            between: Millis::ZERO,
+        };
+        advise(&race) != Advice::Any
+    }
+
     /// Why a running part should go elsewhere, if it should.
     fn better_elsewhere(&self, now: Now, key: &LeaseKey) -> Option<&'static str> {
         let (job, part, claim) = (self.jobs.get(&key.job)?, self.part(key)?, self.claims.get(key)?);
@@ -343,7 +373,13 @@ impl Controller {
             Millis(left.0.saturating_sub(after))
         });
         let late = left.is_some_and(|left| left < rest);
-        if !late && rest < REST_MIN {
+        let listing = self.market.get(&claim.node);
+        let reliable = listing.is_some_and(|listing| placement::is_reliable(listing, rest));
+        let spent =
+            !late && left.is_some_and(|left| self.slack_is_spent(left, rest, reliable, here.duration));
+        // What a reclaim would throw away is no better kept by moving: only work that keeps what it did is.
+        let risky = spent && !reliable && job.order.work.in_sequence();
+        if !late && !risky && rest < REST_MIN {
             return None;
         }
         // What was done is kept only where each part begins with what the last attempt left.
@@ -356,9 +392,9 @@ impl Controller {
         if request.units == 0 && request.fixed == Millis::ZERO {
             return None;
         }
-        request.within = left
-            .filter(|_| late)
-            .map(|left| Millis(left.0.saturating_sub(self.policy.restart.0)));
+        // Whatever it is moved for, it must end in time there, and not be lost where there is no time to lose it.
+        request.within = left.map(|left| Millis(left.0.saturating_sub(self.policy.restart.0)));
+        request.reliable = spent;
         let plan = Matcher::new(&self.market, &request).place(&self.market, &request)?;
         if plan.chosen.node == claim.node {
             return None;
@@ -366,10 +402,12 @@ impl Controller {
         if late {
             return Some("it would be late there, and elsewhere in time");
         }
-        let devices = u64::from(claim.devices);
-        let cost_here = here.rate.bill(DeviceMillis(rest.0.saturating_mul(devices)))?;
+        if risky {
+            return Some("its machine may be taken back, and there is no time to lose any more");
+        }
+        let cost_here = here.rate.bill(claim.devices.time(rest))?;
         let lost = plan.chosen.transfer.saturating_add(self.policy.restart);
-        let besides = self.policy.delay_rate.bill(DeviceMillis(lost.0))?;
+        let besides = self.policy.delay_rate.bill(Portion::ONE.time(lost))?;
         pays(cost_here, plan.chosen.cost.saturating_add(besides))
             .then_some("the rest of it costs much less elsewhere")
     }

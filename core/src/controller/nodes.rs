@@ -320,7 +320,7 @@ impl Controller {
         }
         let Some(claim) = self.unclaim(&key) else { return };
         // A refusal is an owner's right, not a failure: it costs a moment, never reputation.
-        self.market.mark_full(&node, &claim.class);
+        self.market.mark_full(&node, &claim.class, claim.devices);
         if !self.is_wanted(&key) {
             return;
         }

@@ -2,7 +2,7 @@
 use super::mind::{BACKOFF, Claim, Controller};
 use super::{
     Effect,
-    deadline::{self, Urgency},
+    deadline::{self, Takes, Urgency},
     guide::shape_of,
     job::{Job, JobState},
 };
@@ -14,7 +14,7 @@ use crate::{
     placement::{self, Matcher, Plan, Request},
     prelude::*,
     records::Order,
-    unit::{Bytes, Credits, DeviceMillis, Millis, MonoMillis, Now, Rate, UtcMillis},
+    unit::{Bytes, Credits, DeviceMillis, Millis, MonoMillis, Now, Portion, Rate, UtcMillis},
 };
 use alloc::{
     boxed::Box,
@@ -34,6 +34,10 @@ pub(super) enum InTime<T> {
     /// Nothing now.
     Nowhere,
 }
+
+/// Judgements of one look after which it explains no more refusals: a look at every node of a large market for each of
+/// many jobs would take seconds. The next look goes on.
+const EXPLAINED_MAX: u64 = 400_000;
 
 /// Jobs whose time is found out in one look at most.
 const LEARNT_MAX: usize = 16;
@@ -137,7 +141,7 @@ impl Controller {
             .take(LEARNT_MAX)
             .collect();
         for id in unknown {
-            let takes = self.jobs.get(&id).and_then(|job| self.quickest(job));
+            let takes = self.jobs.get(&id).and_then(|job| self.takes(job));
             self.judged += self.market.len() as u64;
             if let Some(job) = self.jobs.get_mut(&id) {
                 job.takes = takes;
@@ -238,6 +242,10 @@ impl Controller {
                         if guided && self.spend_quota(&shape, &plan) {
                             trial.matcher = None;
                         }
+                        let plan = Plan {
+                            advised: guided,
+                            ..plan
+                        };
                         let plan = self.stay(trial.id, index, plan);
                         let Some(plan) = self.route(now, trial.id, index, plan) else {
                             continue;
@@ -252,6 +260,11 @@ impl Controller {
                         self.judged += self.market.len() as u64;
                         trial.refused = Some((part.items, part.avoid.clone(), why));
                         self.hold_back(now.mono.after(BACKOFF));
+                    }
+                    // Why can wait for the next look, above all where something was said before.
+                    InTime::Nowhere if self.judged > EXPLAINED_MAX => {
+                        self.hold_back(now.mono.after(BACKOFF));
+                        break;
                     }
                     InTime::Nowhere => {
                         self.judged += self.market.len() as u64;
@@ -289,8 +302,8 @@ impl Controller {
         if left.is_none() {
             return of(find(request));
         }
-        let takes = job.takes.unwrap_or(Millis::ZERO);
-        let urgency = deadline::urgency(left, deadline::rest(job, takes), self.policy.restart);
+        let needs = deadline::needs(job, job.takes.unwrap_or_default());
+        let urgency = deadline::urgency(left, needs, self.policy.restart);
         let open = match job.order.work.in_sequence() {
             true => job.parts.iter().filter(|part| !part.state.ended()).count(),
             false => 1,
@@ -312,15 +325,22 @@ impl Controller {
     fn is_urgent(&self, now: Now, job: &Job) -> bool {
         let Some(takes) = job.takes else { return false };
         let left = deadline::left(job, now.utc);
-        deadline::urgency(left, deadline::rest(job, takes), self.policy.restart) == Urgency::Tight
+        deadline::urgency(left, deadline::needs(job, takes), self.policy.restart) == Urgency::Tight
     }
 
-    /// How long the largest part of a job would take where it is quickest, whether that is free or not.
-    pub(super) fn quickest(&self, job: &Job) -> Option<Millis> {
+    /// How long the largest part of a job would take at its quickest, whether that is free or not.
+    pub(super) fn takes(&self, job: &Job) -> Option<Takes> {
         let part = job.parts.iter().max_by_key(|part| part.items)?;
         let request = request(&job.order, part.items, Credits(u64::MAX), &[]);
         let (able, _) = placement::survey(&self.market, &request, &self.policy);
-        able.iter().map(|c| c.duration.saturating_add(c.transfer)).min()
+        let takes = |c: &placement::Candidate| c.duration.saturating_add(c.transfer);
+        let quickest = able.iter().map(takes).min()?;
+        let reliable = able.iter().filter(|c| {
+            let listing = self.market.get(&c.node);
+            listing.is_some_and(|listing| placement::is_reliable(listing, c.duration))
+        });
+        let surely = reliable.map(takes).min().unwrap_or(quickest);
+        Some(Takes { quickest, surely })
     }
 
     /// Takes one from what the advice allows that shape there. Says whether that was the last.
@@ -485,10 +505,10 @@ impl Controller {
         let devices = self
             .jobs
             .get(&key.job)
-            .map_or(1, |job| job.order.constraints.devices());
+            .map_or(Portion::ONE, |job| job.order.constraints.devices());
         self.market.take(&node, &class, devices);
         let counted = self.jobs.get(&key.job).map(|job| {
-            let time = DeviceMillis(plan.chosen.duration.0.saturating_mul(devices.into()));
+            let time = devices.time(plan.chosen.duration);
             let donated = self.fair.shares().donated.bill(time).unwrap_or_default();
             (job.order.institution.clone(), plan.chosen.cost.max(donated))
         });
@@ -578,7 +598,7 @@ pub(super) fn request<'a>(
 }
 
 /// The most device time whose bill stays within `ceiling`.
-pub(super) fn device_limit(rate: Rate, ceiling: Credits, longest: Millis) -> DeviceMillis {
+pub(super) fn device_limit(rate: Rate, ceiling: Credits, longest: DeviceMillis) -> DeviceMillis {
     let affordable = (u128::from(ceiling.0) * 3_600_000).checked_div(u128::from(rate.0));
     let affordable = affordable.map_or(u64::MAX, |ms| u64::try_from(ms).unwrap_or(u64::MAX));
     DeviceMillis(affordable.min(longest.0))

@@ -237,7 +237,7 @@ impl Controller {
         }
         let (slots, takes) = self.slots(order);
         let mut job = Job::new(order.clone(), String::new(), now.utc, slots, takes);
-        job.takes = self.quickest(&job);
+        job.takes = self.takes(&job);
         let Some(part) = job.parts.first() else {
             return Explanation {
                 known: 0,
@@ -283,11 +283,15 @@ impl Controller {
             let found = survey(wish);
             found.0.iter().any(|c| !c.busy).then_some(found)
         };
-        let (candidates, refusal) = match self.in_time(now, job, request, find) {
+        let (mut candidates, refusal) = match self.in_time(now, job, request, find) {
             InTime::Found(found) => found,
             InTime::Soon(able, why) => (able, why),
             InTime::Nowhere => survey(request),
         };
+        // What the slow path advises for such work is tried before what is cheapest.
+        if candidates.iter().any(|c| !c.busy && self.is_advised(order, c)) {
+            candidates.sort_by_key(|c| c.busy || !self.is_advised(order, c));
+        }
         let whole = |part: Credits| {
             let all = u128::from(part.0) * u128::from(order.items) / u128::from(items.max(1));
             Credits(u64::try_from(all).unwrap_or(u64::MAX)).min(order.credits_max)

@@ -45,7 +45,7 @@ impl Matcher {
         let missing = quote::transfer(missing, market.policy());
         Self {
             costs: market.stock().costs(request, market.policy(), missing.0, allowed),
-            level: Level::of_devices(request.devices.max(1)),
+            level: Level::of_milli(request.devices.milli()),
             rare,
         }
     }
@@ -71,6 +71,7 @@ impl Matcher {
             feasible: self.feasible(market, request),
             known: u32::try_from(market.len()).unwrap_or(u32::MAX),
             warm: String::new(),
+            advised: false,
         })
     }
 
@@ -127,7 +128,7 @@ impl Matcher {
         let (node, listing) = market.at(place.node)?;
         let i = usize::from(place.device);
         if place.kind != request.kind
-            || listing.free(i) < request.devices
+            || !listing.has(i, request.devices)
             || request.avoid.contains(node)
             || mask::fails(mask::Face::of(&listing.offer), request, market.policy()).is_some()
         {

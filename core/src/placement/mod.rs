@@ -19,6 +19,7 @@ mod tests;
 
 pub use index::ClassId;
 pub use matcher::Matcher;
+pub(crate) use quote::is_reliable;
 pub use quote::{Energy, Grid, Lack, Quote, quote};
 pub(crate) use stock::Shelved;
 pub use stock::{CLASSES_MAX, GROUPS_MAX, Group, Place, Signature, Stock};
@@ -29,7 +30,7 @@ use crate::{
     market::{Listing, Market},
     prelude::*,
     records::{Constraints, NodeState, WorkKind},
-    unit::{Bytes, Credits, Millis, Rate},
+    unit::{Bytes, Credits, Millis, Portion, Rate},
 };
 use core::fmt;
 
@@ -54,8 +55,8 @@ pub struct Request<'a> {
     pub ceiling: Credits,
     /// Nodes that failed at this very part.
     pub avoid: &'a [NodeId],
-    /// Devices of one class on one node that it takes all at once; at least 1.
-    pub devices: u32,
+    /// Devices of one class on one node that it takes all at once, or a share of one.
+    pub devices: Portion,
     /// Any number, as different as can be from one request to the next: equals take turns by it.
     pub turn: u32,
     /// Whose work it is, for owners who do not serve everybody.
@@ -81,7 +82,7 @@ impl Default for Request<'_> {
             memory: Bytes::ZERO,
             ceiling: Credits(u64::MAX),
             avoid: &[],
-            devices: 1,
+            devices: Portion::ONE,
             turn: 0,
             user: None,
             within: None,
@@ -187,6 +188,9 @@ pub struct Plan {
     /// What its being warm, or not knowing about that, had to do with it; empty for nothing.
     #[serde(default)]
     pub warm: String,
+    /// The slow path advised that kind of capacity: what else there is, is kept for work that can run nowhere else.
+    #[serde(default)]
+    pub advised: bool,
 }
 
 impl Plan {
@@ -202,6 +206,11 @@ impl Plan {
             format!("the only free node that may run it ({price})")
         } else {
             format!("cheapest finished work of {} free nodes ({price})", self.feasible)
+        };
+        let why = if self.advised {
+            format!("{why}; scarcer capacity is kept for work that can run nowhere else")
+        } else {
+            why
         };
         match self.warm.as_str() {
             "" => why,
@@ -236,6 +245,8 @@ pub enum Requirement {
     Memory,
     /// So many devices on one node.
     Count,
+    /// The owner lends such shares of a device.
+    Share,
     /// An end within ten years.
     Duration,
     /// An end before the deadline.
@@ -270,6 +281,7 @@ impl fmt::Display for Requirement {
             Self::Device => "device",
             Self::Memory => "memory",
             Self::Count => "number of devices",
+            Self::Share => "share of a device",
             Self::Duration => "duration",
             Self::Deadline => "deadline",
             Self::Reliable => "reliability",
@@ -372,6 +384,7 @@ pub fn scan(market: &Market, request: &Request<'_>, policy: &Policy) -> Result<P
         feasible,
         known: refusal.known,
         warm: String::new(),
+        advised: false,
     })
 }
 
@@ -496,6 +509,10 @@ impl Miss {
                 format!("the nearest would end {} s late", late.div_ceil(1_000))
             }
             (Requirement::Count, Some(fewest)) => format!("the nearest has {fewest} too few"),
+            (Requirement::Share, Some(least)) => match Portion::of(0, least as u32) {
+                Some(least) => format!("the smallest share lent is {least} of a device"),
+                None => "devices are lent whole".to_string(),
+            },
             (Requirement::Duration, Some(fastest)) => {
                 format!("the fastest would take {} days", fastest / 86_400_000)
             }
@@ -591,7 +608,7 @@ fn candidate(node: &NodeId, listing: &Listing, i: usize, quote: Quote, request: 
         score: quote.score,
         duration: quote.duration,
         transfer: quote.transfer,
-        busy: listing.free(i) < request.devices,
+        busy: !listing.has(i, request.devices),
     }
 }
 

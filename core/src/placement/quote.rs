@@ -8,7 +8,7 @@ use crate::{
     market::Listing,
     prelude::*,
     records::Device,
-    unit::{Credits, DeviceMillis, Millis, Rate},
+    unit::{Credits, Millis, Rate, WHOLE},
 };
 
 const HOUR: u128 = 3_600_000;
@@ -111,11 +111,23 @@ pub fn quote(
         return lack(Requirement::Device, 0);
     }
     let memory = request.memory.max(c.memory);
-    if device.memory < memory {
-        return lack(Requirement::Memory, memory.0 - device.memory.0);
+    let has = request.devices.memory_of_one(device.memory);
+    if has < memory {
+        return lack(Requirement::Memory, memory.0 - has.0);
     }
-    if device.count < request.devices {
-        return lack(Requirement::Count, u64::from(request.devices - device.count));
+    if device.count < request.devices.touched() {
+        return lack(
+            Requirement::Count,
+            u64::from(request.devices.touched() - device.count),
+        );
+    }
+    if !device.lends(request.devices) {
+        let least = if device.share_min == 0 {
+            WHOLE
+        } else {
+            device.share_min
+        };
+        return lack(Requirement::Share, least.into());
     }
     let duration = duration(request, speed.0);
     if duration > DURATION_MAX {
@@ -147,7 +159,7 @@ pub fn quote(
     if limit.is_some_and(|limit| device.rate > limit) {
         return lack(Requirement::Price, device.rate.0);
     }
-    let held = DeviceMillis(duration.0.saturating_mul(request.devices.into()));
+    let held = request.devices.time(duration);
     let cost = match device.rate.bill(held) {
         Some(cost) if cost <= request.ceiling => cost,
         cost => return lack(Requirement::Budget, cost.map_or(u64::MAX, |c| c.0)),
@@ -211,8 +223,8 @@ pub(super) fn lost(duration: Millis, policy: &Policy) -> Millis {
 /// Work ÷ speed, plus what takes its time anywhere. At least a millisecond: work that seemed free on a priced
 /// device would get a lease over no time at all.
 pub(super) fn duration(request: &Request<'_>, speed_milli: u64) -> Millis {
-    let speed = u128::from(speed_milli.max(1)) * u128::from(request.devices.max(1));
-    let units = (u128::from(request.units) * 1_000_000).div_ceil(speed);
+    let speed = u128::from(speed_milli.max(1)) * u128::from(request.devices.milli());
+    let units = (u128::from(request.units) * 1_000_000 * u128::from(WHOLE)).div_ceil(speed);
     Millis(saturate(units).saturating_add(request.fixed.0).max(1))
 }
 

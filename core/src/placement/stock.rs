@@ -15,7 +15,7 @@ use crate::{
     market::Listing,
     prelude::*,
     records::{NodeState, Offer, OwnerPolicy, Tier, WorkKind},
-    unit::{Bytes, Rate},
+    unit::{Bytes, Millis, Rate, WHOLE},
 };
 
 /// The most classes. What would need another goes into one mixed class, where each place is judged by itself.
@@ -30,6 +30,8 @@ pub struct Signature {
     pub device: String,
     /// Memory of one device.
     pub memory: Bytes,
+    /// The smallest share that is lent; 0 for whole devices only.
+    pub share_min: u32,
     /// Where.
     pub country: Country,
     /// Whose.
@@ -68,6 +70,8 @@ pub struct Group {
     pub device: String,
     /// Memory of one device.
     pub memory: Bytes,
+    /// The smallest share that is lent; 0 for whole devices only.
+    pub share_min: u32,
     /// Where.
     pub country: Country,
     /// Whose.
@@ -100,6 +104,8 @@ pub struct Stock {
     by_signature: BTreeMap<Signature, ClassId>,
     /// By class: the group its places belong to.
     class_groups: Vec<u32>,
+    /// By class: devices of all its places, free or not.
+    class_devices: Vec<u64>,
     vacant: Vec<ClassId>,
     mixed: Option<ClassId>,
     /// By slot.
@@ -114,6 +120,8 @@ pub struct Stock {
 pub(crate) struct Shelved {
     pub(crate) slot: SlotId,
     pub(crate) device: u8,
+    /// How many of it there are.
+    count: u32,
     kind: WorkKind,
     key: f32,
 }
@@ -166,6 +174,7 @@ impl Stock {
         let group = Group {
             device: d.class.clone(),
             memory: d.memory,
+            share_min: d.share_min,
             country: offer.country,
             institution: offer.institution.clone(),
             donated: d.rate == Rate::FREE,
@@ -201,17 +210,22 @@ impl Stock {
                 let known = old.iter().position(|s| s.device == device && s.kind == *kind);
                 let known = known.map(|at| old.swap_remove(at));
                 let level = level_of(listing, device.into());
-                if let Some(known) = known {
+                let count = listing.offer.devices[usize::from(device)].count;
+                if let Some(mut known) = known {
                     let class = self.index.class_of(known.slot);
                     if known.key == key && self.signature(class) == Some(&signature) {
                         self.index.set_level(known.slot, level);
+                        let devices = &mut self.class_devices[class.0 as usize];
+                        *devices = *devices - u64::from(known.count) + u64::from(count);
+                        known.count = count;
                         new.push(known);
                         continue;
                     }
-                    self.unshelve(known.slot);
+                    self.unshelve(&known);
                 }
                 let class = self.class_for(signature, group);
                 let slot = self.index.insert(class, key, level);
+                self.class_devices[class.0 as usize] += u64::from(count);
                 if self.places.len() <= slot.0 as usize {
                     self.places.resize(slot.0 as usize + 1, None);
                 }
@@ -224,13 +238,14 @@ impl Stock {
                 new.push(Shelved {
                     slot,
                     device,
+                    count,
                     kind: *kind,
                     key,
                 });
             }
         }
         for gone in old {
-            self.unshelve(gone.slot);
+            self.unshelve(&gone);
         }
         listing.shelved = new;
     }
@@ -238,7 +253,7 @@ impl Stock {
     /// Takes a node's places out.
     pub(crate) fn clear(&mut self, listing: &mut Listing) {
         for gone in core::mem::take(&mut listing.shelved) {
-            self.unshelve(gone.slot);
+            self.unshelve(&gone);
         }
     }
 
@@ -250,8 +265,10 @@ impl Stock {
         }
     }
 
-    fn unshelve(&mut self, slot: SlotId) {
+    fn unshelve(&mut self, gone: &Shelved) {
+        let slot = gone.slot;
         let class = self.index.class_of(slot);
+        self.class_devices[class.0 as usize] -= u64::from(gone.count);
         self.index.remove(slot);
         self.places[slot.0 as usize] = None;
         if self.index.count(class).0 == 0
@@ -288,8 +305,29 @@ impl Stock {
 
     fn new_class(&mut self) -> ClassId {
         self.signatures.push(None);
+        self.class_devices.push(0);
         self.class_groups.push(GROUPS_MAX as u32);
         self.index.add_class()
+    }
+
+    /// Each class that could run the request, as far as the class tells: how long it takes there, on how many places, and
+    /// how many such parts all of them could hold at once.
+    pub(crate) fn capacity(&self, request: &Request<'_>, policy: &Policy) -> Vec<(Millis, u32, u64)> {
+        let able = self
+            .classes()
+            .filter(|(_, s)| s.kind == request.kind && admits(s, request, policy));
+        able.map(|(class, s)| {
+            let speed = speeds_of(s.speed).0 as u64;
+            let devices = self.class_devices[class.0 as usize];
+            let milli = u64::from(request.devices.milli());
+            let seats = if request.devices.is_share() {
+                devices.saturating_mul(u64::from(WHOLE) / milli)
+            } else {
+                devices * u64::from(WHOLE) / milli
+            };
+            (quote::duration(request, speed), self.index.count(class).0, seats)
+        })
+        .collect()
     }
 
     /// What the request costs at least on each class, as far as the class tells. `missing` is the time of fetching
@@ -302,7 +340,7 @@ impl Stock {
         allowed: impl Fn(u32) -> bool,
     ) -> Costs {
         let units = request.units as f32 * 1e6;
-        let devices = request.devices.max(1) as f32;
+        let devices = request.devices.milli() as f32 / WHOLE as f32;
         let fixed = request.fixed.0 as f32;
         let hour = 3_600_000f32;
         let patience = quote::waited_for(request, policy).0 as f32;
@@ -335,6 +373,7 @@ impl Stock {
             let weight = (units + slowest * devices * fixed) / hour;
             ((fetch + wanted) * risk, (weight * risk).max(1e-9))
         }))
+        .snug(request.devices.is_share())
     }
 }
 
@@ -350,13 +389,14 @@ fn admits(s: &Signature, request: &Request<'_>, policy: &Policy) -> bool {
     mask::fails(face, request, policy).is_none()
         && s.device.starts_with(c.device.as_str())
         && request.runs_on(&s.device)
-        && s.memory >= request.memory.max(c.memory)
+        && (!request.devices.is_share() || (s.share_min > 0 && request.devices.milli() >= s.share_min))
+        && request.devices.memory_of_one(s.memory) >= request.memory.max(c.memory)
         && (s.donated || !(c.donated_only || c.rate_max == Some(Rate::FREE)))
 }
 
 fn level_of(listing: &Listing, device: usize) -> Level {
     if listing.connected && listing.offer.state == NodeState::Open {
-        Level::of_devices(listing.free(device))
+        Level::of_milli(listing.room(device))
     } else {
         Level::NONE
     }
@@ -372,6 +412,7 @@ fn describe(listing: &Listing, device: usize, kind: WorkKind, policy: &Policy) -
         kind,
         device: d.class.clone(),
         memory: d.memory,
+        share_min: d.share_min,
         country: offer.country,
         institution: offer.institution.clone(),
         donated: d.rate == Rate::FREE,

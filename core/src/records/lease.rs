@@ -7,7 +7,7 @@ use crate::{
     id::{Fence, Institution, JobId, LeaseKey, PartIndex},
     key::{NodeId, PublicKey, SchedulerId},
     prelude::*,
-    unit::{DeviceMillis, Rate, UtcMillis},
+    unit::{DeviceMillis, Portion, Rate, UtcMillis},
 };
 use karez_proto::records as wire;
 use serde::{Deserialize, Serialize};
@@ -29,8 +29,8 @@ pub struct Lease {
     pub institution: Institution,
     /// On which devices.
     pub device_class: String,
-    /// How many of them.
-    pub devices: u32,
+    /// How many of them, or what share of one.
+    pub devices: Portion,
     /// At what price for one.
     pub rate: Rate,
     /// The most that can be billed.
@@ -73,7 +73,8 @@ impl Record for Lease {
             node: self.node.0.0.to_vec(),
             scheduler: self.scheduler.0.0.to_vec(),
             device_class: self.device_class.clone(),
-            devices: self.devices,
+            devices: self.devices.count(),
+            share_milli: self.devices.share_milli(),
             rate: self.rate.0,
             device_ms_max: self.device_ms_max.0,
             first_item: self.first_item,
@@ -94,7 +95,7 @@ impl Record for Lease {
             scheduler: SchedulerId(f.key("scheduler", &w.scheduler)?),
             institution: f.parse("institution", &w.institution)?,
             device_class: f.text("device_class", w.device_class, 64)?,
-            devices: f.within("devices", w.devices.into(), 1024)? as u32,
+            devices: f.portion(w.devices, w.share_milli)?,
             rate: Rate(w.rate),
             device_ms_max: DeviceMillis(w.device_ms_max),
             first_item: w.first_item,

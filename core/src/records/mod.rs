@@ -25,8 +25,8 @@ pub use funding::{Beneficiary, CreditLimit, Grant, Payment, RateCard};
 pub use lease::Lease;
 pub use meter::{BENCHMARK_BYTES_MAX, Benchmark, MeterReading, Meters, Outcome, Usage};
 pub use offer::{
-    DataClass, Device, Engine, LICENCE_BYTES_MAX, NodeState, OFFER_CACHED_MAX, Offer, OwnerPolicy, TERMS_MAX,
-    Tier, WorkKind,
+    DataClass, Device, Engine, LICENCE_BYTES_MAX, NodeState, OFFER_CACHED_MAX, Offer, OwnerPolicy,
+    SHARED_MAX, TERMS_MAX, Tier, WorkKind,
 };
 pub use order::{
     Constraints, DEVICES_MAX, FORMAT_BYTES_MAX, Generate, ITEMS_MAX, Order, PARTS_MAX, SETTINGS_BYTES_MAX,

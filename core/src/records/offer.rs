@@ -7,7 +7,7 @@ use crate::{
     id::{Country, Digest, Institution},
     key::{NodeId, PublicKey},
     prelude::*,
-    unit::{Bytes, Rate, Speed, UtcMillis},
+    unit::{Bytes, Portion, Rate, Speed, UtcMillis, WHOLE},
 };
 use karez_proto::records as wire;
 use serde::{Deserialize, Serialize};
@@ -108,6 +108,22 @@ pub struct Device {
     pub memory: Bytes,
     /// Price of one device.
     pub rate: Rate,
+    /// The smallest share of one device that is lent, in thousandths; 0: whole devices only.
+    #[serde(default)]
+    pub share_min: u32,
+    /// What is free of each device that guests share now, in thousandths; at most [`SHARED_MAX`] of them.
+    #[serde(default)]
+    pub shared: Vec<u32>,
+}
+
+/// Devices of one class that guests may share at a time; the others are lent whole.
+pub const SHARED_MAX: usize = 64;
+
+impl Device {
+    /// Whether the owner lends so much of it at a time.
+    pub fn lends(&self, portion: Portion) -> bool {
+        !portion.is_share() || (self.share_min > 0 && portion.milli() >= self.share_min)
+    }
 }
 
 /// What an engine of the node can run and how fast it was measured to be, on one device.
@@ -383,6 +399,8 @@ impl Record for Offer {
                     free: d.free,
                     memory_bytes: d.memory.0,
                     rate: d.rate.0,
+                    share_min_milli: d.share_min,
+                    shared_milli: d.shared.clone(),
                 })
                 .collect(),
             engines: self
@@ -414,10 +432,22 @@ impl Record for Offer {
         let f = Fields(Self::TYPE);
         let device = |d: wire::Device| {
             let count = f.within("devices.count", d.count.into(), 1024)? as u32;
+            let whole = u64::from(WHOLE);
+            let shared = f.list("devices.shared_milli", d.shared_milli, SHARED_MAX, |milli| {
+                f.within("devices.shared_milli", milli.into(), whole)
+                    .map(|milli| milli as u32)
+            })?;
+            // What is shared is neither free nor held whole.
+            let left = u64::from(count).saturating_sub(shared.len() as u64);
+            if shared.len() > count as usize {
+                return Err(f.bad("devices.shared_milli", "names more devices than there are"));
+            }
             Ok(Device {
                 class: f.text("devices.class", d.class, 64)?,
                 count,
-                free: f.within("devices.free", d.free.into(), count.into())? as u32,
+                free: f.within("devices.free", d.free.into(), left)? as u32,
+                share_min: f.within("devices.share_min_milli", d.share_min_milli.into(), whole)? as u32,
+                shared,
                 memory: Bytes(f.within("devices.memory_bytes", d.memory_bytes, 1 << 50)?),
                 // A million credits an hour: more only serves to overflow sums.
                 rate: Rate(f.within("devices.rate", d.rate, 1_000_000_000_000)?),
@@ -479,10 +509,20 @@ mod tests {
     #[test]
     fn absurd_offers_are_refused_by_their_field() {
         type Change = fn(&mut wire::Offer);
-        let cases: [(&str, Change); 12] = [
+        let cases: [(&str, Change); 16] = [
             ("devices.count", |o| o.devices[0].count = 1_000_000_000),
             ("devices.count", |o| o.devices[0].count = u32::MAX),
             ("devices.free", |o| o.devices[0].free = 2),
+            ("devices.free", |o| o.devices[0].shared_milli = vec![500]),
+            ("devices.shared_milli", |o| {
+                o.devices[0].shared_milli = vec![1_001]
+            }),
+            ("devices.shared_milli", |o| {
+                o.devices[0].shared_milli = vec![500; 65]
+            }),
+            ("devices.share_min_milli", |o| {
+                o.devices[0].share_min_milli = u32::MAX
+            }),
             // A negative number in somebody's program.
             ("devices.rate", |o| o.devices[0].rate = -1i64 as u64),
             ("devices.memory_bytes", |o| o.devices[0].memory_bytes = u64::MAX),

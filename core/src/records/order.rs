@@ -9,7 +9,7 @@ use crate::{
     id::{Country, Institution},
     key::{PublicKey, SchedulerId, UserId},
     prelude::*,
-    unit::{Bytes, Credits, Rate, UtcMillis},
+    unit::{Bytes, Credits, Portion, Rate, UtcMillis, WHOLE},
 };
 use karez_proto::records as wire;
 use serde::{Deserialize, Serialize};
@@ -273,7 +273,7 @@ pub struct Constraints {
     pub institutions_excluded: Vec<Institution>,
     /// Start of the device class: `cuda`, `cpu/x86-64-v3`. Empty for any.
     pub device: String,
-    /// Memory one device must have.
+    /// Memory one device must have; of a share, the share's own.
     pub memory: Bytes,
     /// Only capacity at price zero.
     pub donated_only: bool,
@@ -291,6 +291,9 @@ pub struct Constraints {
     /// Devices of one node that each part takes, up to [`DEVICES_MAX`]; 0 for one.
     #[serde(default)]
     pub devices: u32,
+    /// Instead of whole devices: so many thousandths of one, of its memory too. Only where its owner lends shares.
+    #[serde(default)]
+    pub share_milli: u32,
     /// When the job should be done. Missing it fails nothing; placement does what it can.
     #[serde(default)]
     pub deadline: Option<UtcMillis>,
@@ -314,13 +317,14 @@ impl Constraints {
         licence: String::new(),
         data: DataClass::Public,
         devices: 0,
+        share_milli: 0,
         deadline: None,
         together: false,
     };
 
-    /// Devices of one node that each part takes.
-    pub fn devices(&self) -> u32 {
-        self.devices.max(1)
+    /// What each part takes of one node's devices.
+    pub fn devices(&self) -> Portion {
+        Portion::share(self.share_milli).unwrap_or(Portion::devices(self.devices))
     }
 }
 
@@ -412,6 +416,7 @@ impl Record for Order {
                     class => class.as_str().into(),
                 },
                 devices: c.devices,
+                share_milli: c.share_milli,
                 deadline: c.deadline.map(|at| at.0),
                 together: c.together,
             }),
@@ -485,6 +490,11 @@ impl Record for Order {
                     class => f.parse("constraints.data_class", class)?,
                 },
                 devices: f.within("constraints.devices", c.devices.into(), DEVICES_MAX.into())? as u32,
+                share_milli: f.within(
+                    "constraints.share_milli",
+                    c.share_milli.into(),
+                    u64::from(WHOLE) - 1,
+                )? as u32,
                 deadline: c
                     .deadline
                     .map(|at| f.within("constraints.deadline", at, UTC_MAX).map(UtcMillis))

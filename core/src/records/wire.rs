@@ -5,7 +5,7 @@ use crate::{
     id::Digest,
     key::PublicKey,
     prelude::*,
-    unit::Bytes,
+    unit::{Bytes, Portion},
 };
 use karez_proto::records as wire;
 
@@ -87,6 +87,17 @@ impl Fields {
         } else {
             Ok(value)
         }
+    }
+
+    /// So many devices, or a share of one.
+    pub(super) fn portion(self, devices: u32, share_milli: u32) -> Result<Portion, RecordError> {
+        self.within("devices", devices.into(), 1_024)?;
+        Portion::of(devices, share_milli).ok_or_else(|| {
+            self.bad(
+                "devices",
+                format!("is {devices}, with a share of {share_milli} thousandths: neither whole devices nor a share of one"),
+            )
+        })
     }
 
     pub(super) fn artifact(

@@ -12,7 +12,7 @@ use crate::{
     prelude::*,
     records::{Signed, Verified},
     routing,
-    unit::{DeviceMillis, Millis, Rate, UtcMillis},
+    unit::{DeviceMillis, Millis, Portion, Rate, UtcMillis},
 };
 use alloc::boxed::Box;
 use karez_proto::control as wire;
@@ -425,7 +425,8 @@ impl From<LeaseAsk> for wire::LeaseAsk {
             first_item: ask.first_item,
             items: ask.items,
             device_class: ask.device_class,
-            devices: ask.devices,
+            devices: ask.devices.count(),
+            share_milli: ask.devices.share_milli(),
             rate: ask.rate.0,
             device_ms_max: ask.device_ms_max.0,
             ttl_ms: ask.ttl.0,
@@ -461,7 +462,13 @@ impl TryFrom<wire::LeaseAsk> for LeaseAsk {
             first_item: w.first_item,
             items: w.items,
             device_class: w.device_class,
-            devices: w.devices,
+            devices: Portion::of(w.devices.min(1_024), w.share_milli).ok_or_else(|| {
+                field(
+                    "ask",
+                    "devices",
+                    "is neither whole devices nor a share of one".into(),
+                )
+            })?,
             rate: Rate(w.rate),
             device_ms_max: DeviceMillis(w.device_ms_max),
             ttl: Millis(w.ttl_ms),

@@ -10,7 +10,7 @@ use crate::{
     records::{
         Constraints, Lease, MeterReading, Meters, Order, Outcome, Receipt, Signed, Usage, Verified, Work,
     },
-    unit::{Bytes, Credits, DeviceMillis, Millis, MonoMillis, Rate, UtcMillis},
+    unit::{Bytes, Credits, DeviceMillis, Millis, MonoMillis, Portion, Rate, UtcMillis},
 };
 use alloc::boxed::Box;
 use proptest::prelude::*;
@@ -63,7 +63,7 @@ fn lease() -> Verified<Lease> {
         scheduler: SchedulerId(public(2)),
         institution: "lab-7".parse().unwrap(),
         device_class: "cpu/x86-64-v3".into(),
-        devices: 1,
+        devices: Portion::share(125).unwrap(),
         rate: Rate(9),
         device_ms_max: DeviceMillis(1_000),
         first_item: 30,
@@ -221,7 +221,7 @@ fn everything_a_scheduler_says_arrives_as_said() {
         first_item: 30,
         items: 10,
         device_class: "cuda/NVIDIA H200".into(),
-        devices: 2,
+        devices: Portion::devices(2),
         rate: Rate(7),
         device_ms_max: DeviceMillis(99),
         ttl: Millis(15_000),
@@ -352,9 +352,20 @@ fn an_ask_is_for_the_job_of_its_order() {
     let mut ask = wire::LeaseAsk {
         key: Some(lease_key().into()),
         order: order().encode(),
+        devices: 1,
         ..Default::default()
     };
     assert!(LeaseAsk::try_from(ask.clone()).is_ok());
+    let neither = wire::LeaseAsk {
+        devices: 2,
+        share_milli: 500,
+        ..ask.clone()
+    };
+    let told = LeaseAsk::try_from(neither).unwrap_err().to_string();
+    assert!(
+        told.contains("neither whole devices nor a share of one"),
+        "{told}"
+    );
     ask.key = Some(
         LeaseKey {
             job: JobId(Digest::of(b"other")),

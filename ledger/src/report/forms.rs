@@ -9,7 +9,7 @@ use karez_core::{
     id::Institution,
     money::PostingKind,
     records::{Outcome, RateCard, Signed, Verified},
-    unit::{Credits, DeviceMillis, UtcMillis},
+    unit::{Credits, DeviceMillis, Millis, UtcMillis},
 };
 use serde_json::json;
 use std::{
@@ -387,7 +387,11 @@ impl Row {
             json!(order.work.kind().as_str()),
             json!(order.work.model().map(|m| m.digest.to_string())),
             json!(lease.device_class),
-            json!(lease.devices),
+            if lease.devices.is_share() {
+                json!(f64::from(lease.devices.milli()) / 1_000.0)
+            } else {
+                json!(lease.devices.count())
+            },
             json!(usage.outcome.as_str()),
             json!(rfc3339(usage.started_at)),
             json!(rfc3339(usage.ended_at)),
@@ -483,7 +487,7 @@ impl Row {
             end = rfc3339(usage.ended_at),
             node = lease.node,
             queue = xml(self.queue()),
-            devices = lease.devices,
+            devices = lease.devices.touched(),
             charge = decimal(receipt.credits.0),
             job = order.id(),
             part = format_args!("{}.{}", lease.part, lease.fence),
@@ -519,7 +523,7 @@ impl Row {
             vo = receipt.user_institution,
             wall = self.wall(),
             cpu = seconds(usage.meters.cpu.0),
-            devices = lease.devices,
+            devices = lease.devices.touched(),
             start = usage.started_at.0 / 1000,
             end = usage.ended_at.0 / 1000,
             memory = usage.meters.memory_peak.0 / 1024,
@@ -550,7 +554,7 @@ impl Row {
             site = self.site(),
             devices = lease.devices,
             active = seconds(usage.meters.device_ms.0),
-            available = self.wall().saturating_mul(lease.devices.into()),
+            available = lease.devices.time(Millis(self.wall())).0,
             model = self.settled.device_model(),
         )
     }
@@ -574,7 +578,7 @@ impl Row {
         let mut components = vec![
             component(
                 if self.settled.gpu() { "GPUs" } else { "CPUs" },
-                lease.devices.into(),
+                lease.devices.touched().into(),
             ),
             held("DeviceMilliseconds", m.device_ms.0),
             held("BilledMilliseconds", receipt.billed.0),

@@ -10,7 +10,7 @@ use karez_core::{
         Invitation, Lease, MeterReading, Meters, Order, Outcome, Payment, RateCard, Receipt, Role, Ruling,
         Signed, Usage, Verified, Work,
     },
-    unit::{Bytes, Credits, DeviceMillis, Millis, MonoMillis, Rate, Speed, UtcMillis},
+    unit::{Bytes, Credits, DeviceMillis, Millis, MonoMillis, Portion, Rate, Speed, UtcMillis},
 };
 
 pub const AT: UtcMillis = UtcMillis(1_790_000_000_000);
@@ -171,7 +171,7 @@ impl<'a> Part<'a> {
             scheduler: scheduler(),
             institution: format!("uni-{}", self.node % 3).parse().unwrap(),
             device_class: "cpu/x86-64-v3".into(),
-            devices: 1,
+            devices: Portion::ONE,
             rate: Rate(self.rate),
             device_ms_max: DeviceMillis(60_000),
             first_item: 0,

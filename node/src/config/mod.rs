@@ -70,6 +70,9 @@ pub struct NodeConfig {
     pub country: Country,
     /// Credits per device-hour by the start of the device class; see [`NodeConfig::rate_of`].
     pub rates: BTreeMap<String, Rate>,
+    /// The smallest share of one device that is lent, in thousandths, by the start of its class; see
+    /// [`NodeConfig::share_of`].
+    pub shares: BTreeMap<String, u32>,
     /// What guests may use.
     pub limits: Limits,
     /// How models are run and kept.
@@ -248,14 +251,23 @@ impl NodeConfig {
     /// What one device of `class` costs for an hour: the entry of `[rates]` with the longest matching start;
     /// without any, the capacity is donated.
     pub fn rate_of(&self, class: &str) -> Rate {
-        let matching = self
-            .rates
-            .iter()
-            .filter(|(prefix, _)| class.starts_with(prefix.as_str()));
-        matching
-            .max_by_key(|(prefix, _)| prefix.len())
-            .map_or(Rate::FREE, |(_, rate)| *rate)
+        longest(&self.rates, class).unwrap_or(Rate::FREE)
     }
+
+    /// The smallest share of one device of `class` that is lent: the entry of `[shares]` with the longest matching
+    /// start; without any, devices are lent whole.
+    pub fn share_of(&self, class: &str) -> u32 {
+        longest(&self.shares, class).unwrap_or(0)
+    }
+}
+
+fn longest<T: Copy>(by_start: &BTreeMap<String, T>, class: &str) -> Option<T> {
+    let matching = by_start
+        .iter()
+        .filter(|(start, _)| class.starts_with(start.as_str()));
+    matching
+        .max_by_key(|(start, _)| start.len())
+        .map(|(_, value)| *value)
 }
 
 /// The key that stands on a line, if one does.
@@ -352,6 +364,8 @@ mod tests {
             ("[limits]\nmemory = '1 B'\n", 5, "limits.memory"),
             ("[rates]\ncpu = 0.12345678\n", 5, "cpu"),
             ("[rates]\ncpu = -1\n", 5, "cpu"),
+            ("[shares]\ncpu = 1.5\n", 5, "cpu"),
+            ("[shares]\ncuda = 0.0001\n", 5, "cuda"),
             ("[timing]\nheartbeat = '1 ms'\n", 5, "timing.heartbeat"),
             ("[policy]\nwork = ['mining']\n", 5, "work"),
             ("[trainer]\npython = 'python3'\n", 5, "trainer.python"),

@@ -3,7 +3,7 @@ use super::{
     Limits, Listen, Models, NodeConfig, Policy, SCHEDULERS_MAX, SEQUENCES, SchedulerEntry, Server, Timing,
     TrainerConfig,
 };
-use crate::human::{Price, Size, Span};
+use crate::human::{Price, Share, Size, Span};
 use karez_core::{
     id::{Country, Institution},
     key::SchedulerId,
@@ -22,6 +22,8 @@ pub(super) struct RawConfig {
     country: Country,
     #[serde(default)]
     rates: BTreeMap<String, Price>,
+    #[serde(default)]
+    shares: BTreeMap<String, Share>,
     #[serde(default)]
     limits: RawLimits,
     #[serde(default)]
@@ -254,11 +256,10 @@ impl RawConfig {
                 "must be 1 to 64 bytes of text without control characters".into(),
             ));
         }
-        if self.rates.len() > 64 {
-            return Err((
-                "rates",
-                format!("has {} entries, the limit is 64", self.rates.len()),
-            ));
+        for (key, many) in [("rates", self.rates.len()), ("shares", self.shares.len())] {
+            if many > 64 {
+                return Err((key, format!("has {many} entries, the limit is 64")));
+            }
         }
         if self.listen.artifact_addrs.len() > 8 {
             return Err(("listen.artifact_addrs", "names more than 8 addresses".into()));
@@ -334,6 +335,11 @@ impl RawConfig {
             name: self.name,
             institution: self.institution,
             country: self.country,
+            shares: self
+                .shares
+                .into_iter()
+                .map(|(start, share)| (start, share.0))
+                .collect(),
             rates: self
                 .rates
                 .into_iter()

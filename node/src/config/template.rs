@@ -41,6 +41,11 @@ country = "{country}"
 cpu = {cpu}
 # "cuda/NVIDIA H200" = 2.5
 
+# The smallest share of one device that is lent, by the start of its class; without an entry, devices are lent whole.
+# Guests then share a device: its memory is divided among them, its arithmetic where CUDA's multi-process service runs.
+# [shares]
+# cuda = 0.25
+
 # What guests may use.
 [limits]
 # Leases that run on the CPU at once; 0 lends no CPU.

@@ -16,7 +16,7 @@ use karez_core::{
     key::SchedulerId,
     records::{Order, Verified},
     store::Change,
-    unit::Bytes,
+    unit::{Bytes, Portion, WHOLE},
 };
 use karez_ledger::{Op, StoreError, Transaction};
 use std::{collections::BTreeSet, sync::Arc, time::Duration};
@@ -168,9 +168,11 @@ impl Daemon {
                 items,
                 device_class,
                 devices,
+                slot,
                 from,
             } => {
-                self.start_lease(key, order, first_item, items, &device_class, devices, from);
+                let held = (devices, slot);
+                self.start_lease(key, order, first_item, items, &device_class, held, from);
             }
             Effect::Stop { key, grace } => {
                 if let Some(guest) = self.guests.get(&key) {
@@ -253,7 +255,7 @@ impl Daemon {
         first_item: u64,
         items: u64,
         device_class: &str,
-        devices: u32,
+        (devices, slot): (Portion, u32),
         from: Option<ArtifactRef>,
     ) {
         if let Some(model) = order.work.model()
@@ -268,29 +270,45 @@ impl Daemon {
         }
         let device = self.found.devices.iter().find(|d| d.class == device_class);
         let (count, memory) = device.map_or((1, Bytes::ZERO), |d| (d.count.max(1), d.memory));
-        // The agent promises no more devices than there are, so the free ones suffice.
+        let slot = devices.is_share().then(|| (device_class.to_owned(), slot));
+        // Who shares a device goes where the others of it are. The agent promises no more devices than there are, so
+        // the free ones suffice for the rest.
+        let beside = self
+            .guests
+            .values()
+            .find(|guest| slot.is_some() && guest.slot == slot);
         let taken: BTreeSet<&String> = self.guests.values().flat_map(|guest| &guest.gpus).collect();
         let free = device
             .into_iter()
             .flat_map(|d| &d.gpus)
             .filter(|gpu| !taken.contains(gpu));
-        let gpus: Vec<String> = free.take(devices as usize).cloned().collect();
-        let share = (u32::from(self.found.threads) / count)
-            .max(1)
-            .saturating_mul(devices);
+        let gpus: Vec<String> = match beside {
+            Some(guest) => guest.gpus.clone(),
+            None => free.take(devices.touched() as usize).cloned().collect(),
+        };
+        let of_one = (u32::from(self.found.threads) / count).max(1);
+        let threads = u64::from(of_one) * u64::from(devices.milli()) / u64::from(WHOLE);
         let job = Job {
             key,
             order,
             first_item,
             items,
             from,
-            threads: u16::try_from(share).unwrap_or(u16::MAX).min(self.found.threads),
-            memory: Bytes(memory.0.saturating_mul(devices.into())),
+            threads: u16::try_from(threads.max(1))
+                .unwrap_or(u16::MAX)
+                .min(self.found.threads),
+            memory: Bytes(
+                devices
+                    .memory_of_one(memory)
+                    .0
+                    .saturating_mul(devices.touched().into()),
+            ),
+            share_milli: devices.share_milli(),
             gpus: gpus.clone(),
             context_tokens: self.config.limits.context_tokens,
         };
         let (stopper, stopped) = stop();
-        self.guests.insert(key, Guest { stopper, gpus });
+        self.guests.insert(key, Guest { stopper, gpus, slot });
         if let Some(link) = self.links.get(&job.order.scheduler) {
             let with = match job.order.work.is_served() {
                 true => "its provider's own server".to_owned(),

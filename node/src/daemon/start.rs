@@ -282,6 +282,8 @@ fn agent_config(config: &NodeConfig, found: &Found, secret: SecretKey) -> AgentC
                 free: device.count,
                 memory: device.memory,
                 rate: config.rate_of(&device.class),
+                share_min: config.share_of(&device.class),
+                shared: Vec::new(),
             })
             .collect(),
         engines: found.engines.clone(),

@@ -11,7 +11,7 @@ use karez_core::{
     key::{PublicKey, SecretKey, UserId},
     records::{Constraints, Order, Outcome, Signed, Verified, Work},
     translate::{FromNode, FromScheduler},
-    unit::{Credits, DeviceMillis, Millis, Rate},
+    unit::{Credits, DeviceMillis, Millis, Portion, Rate},
 };
 use karez_net::{
     control::{serve_incoming, server_builder},
@@ -330,7 +330,7 @@ impl World {
             first_item: 0,
             items,
             device_class: class.into(),
-            devices: 1,
+            devices: Portion::ONE,
             rate: Rate(3_600_000),
             device_ms_max: DeviceMillis(3_600_000),
             ttl: Millis(60_000),

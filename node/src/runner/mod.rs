@@ -77,8 +77,10 @@ pub(crate) struct Job {
     pub(crate) memory: Bytes,
     /// The state to go on from.
     pub(crate) from: Option<ArtifactRef>,
-    /// The GPUs it has to itself; none on a CPU.
+    /// The GPUs it has to itself, or the one it shares; none on a CPU.
     pub(crate) gpus: Vec<String>,
+    /// Its share of a device, in thousandths; 0 where it has whole ones.
+    pub(crate) share_milli: u32,
     /// Tokens of context the owner allows.
     pub(crate) context_tokens: Option<u32>,
 }
@@ -497,6 +499,7 @@ impl Running {
             kind,
             model,
             gpus: job.gpus.clone(),
+            share_milli: if job.gpus.is_empty() { 0 } else { job.share_milli },
         };
         let lent = match tools.warm.lend(&key) {
             Some(lent) => lent,
@@ -568,7 +571,7 @@ impl Running {
         let adapters = Folder(tools.scratch.join(name));
         std::fs::create_dir(&adapters.0).map_err(|e| Failure::Node(format!("the node's disk: {e}")))?;
         // Leases on this model will share it: alone on the machine, it computes with all that is lent.
-        let alone = job.gpus.is_empty() && !tools.warm.is_busy();
+        let alone = job.gpus.is_empty() && job.share_milli == 0 && !tools.warm.is_busy();
         let threads = if alone {
             tools.threads.max(job.threads)
         } else {

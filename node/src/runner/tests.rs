@@ -74,6 +74,7 @@ fn job(bench: &Bench, work: Work, input: &[u8], first_item: u64, items: u64) -> 
         threads: 1,
         memory: Bytes(1 << 30),
         gpus: Vec::new(),
+        share_milli: 0,
         context_tokens: None,
     }
 }

@@ -36,6 +36,8 @@ pub(super) struct ModelKey {
     pub(super) model: ArtifactRef,
     /// The GPUs it sees.
     pub(super) gpus: Vec<String>,
+    /// What it may use of one, in thousandths; 0 for all of it.
+    pub(super) share_milli: u32,
 }
 
 impl ModelKey {
@@ -309,7 +311,12 @@ impl Warm {
         let reserved = self.reserve(memory, &key.gpus)?;
         // It sees the GPUs of its lease and no others; on a CPU, none.
         let visible = OsString::from(key.gpus.join(","));
-        let env = vec![("CUDA_VISIBLE_DEVICES".into(), visible)];
+        let mut env = vec![("CUDA_VISIBLE_DEVICES".into(), visible)];
+        if key.share_milli > 0 {
+            // CUDA's multi-process service, where it runs, gives it so much of the arithmetic.
+            let percent = key.share_milli.div_ceil(10).to_string();
+            env.push(("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE".into(), percent.into()));
+        }
         let options = SpawnOptions {
             env,
             silence_max: Some(super::SILENCE_MAX),

@@ -12,7 +12,7 @@ use karez_core::{
     placement::{Matcher, Policy, Request},
     records::{Constraints, Device, Engine, NodeState, Offer, OwnerPolicy, Signed, WorkKind},
     routing::{self, Hearth, Prefix, Question, Route, Warmth},
-    unit::{Bytes, Credits, Millis, MonoMillis, Now, Rate, Speed, UtcMillis},
+    unit::{Bytes, Credits, Millis, MonoMillis, Now, Portion, Rate, Speed, UtcMillis},
 };
 use karez_simulations::{
     geo::Links,
@@ -426,7 +426,8 @@ impl World<'_> {
             if Some(at) == ends && arrives != Some(at) {
                 if let Some(Reverse((_, i))) = shop.ends.pop() {
                     let machine = &self.machines[i];
-                    shop.market.give_back(&machine.id, &class_of(machine), 1);
+                    shop.market
+                        .give_back(&machine.id, &class_of(machine), Portion::ONE);
                 }
             } else {
                 queues[self.asked[next].bound].push_back(next);
@@ -475,6 +476,8 @@ fn list(
             free: machine.offer.gpus,
             memory: Bytes(machine.offer.memory_mib << 20),
             rate: Rate((machine.offer.usd * 1e6) as u64),
+            share_min: 0,
+            shared: Vec::new(),
         }],
         engines: vec![Engine {
             name: "llama.cpp".into(),
@@ -546,7 +549,8 @@ impl Shop<'_> {
         };
         let i = self.by_id[&plan.chosen.node];
         let machine = &self.world.machines[i];
-        self.market.take(&machine.id, &plan.chosen.device_class, 1);
+        self.market
+            .take(&machine.id, &plan.chosen.device_class, Portion::ONE);
         let until = self.world.answer(asked, machine, at, &mut self.out);
         self.ends.push(Reverse((until, i)));
         true

@@ -5,6 +5,7 @@ use karez_core::{
     id::{Digest, Fence, JobId, LeaseKey, PartIndex},
     records::{Lease, Signed},
     store::Change,
+    unit::WHOLE,
 };
 use serde_json::Value;
 
@@ -54,8 +55,7 @@ impl Checker {
                 let over = seen.live && !live;
                 seen.live = live;
                 if over {
-                    let (class, devices) = (seen.class.clone(), seen.devices);
-                    count(&mut self.held[n], &class, -i64::from(devices));
+                    self.held[n].remove(&seen.class, seen.devices, seen.slot);
                 }
             }
             None => self.granted(n, key, &value, live),
@@ -78,12 +78,16 @@ impl Checker {
         if live && let Err(rule) = self.together(n, &key) {
             self.fail(rule);
         }
+        let slot = value["slot"].as_u64().unwrap_or(0) as u32;
         if live {
-            let held = count(&mut self.held[n], &lease.device_class, lease.devices.into());
-            let has = self.nodes[n].device(&lease.device_class).map_or(0, |d| d.count);
+            let class = &lease.device_class;
+            let (held, of_one) = self.held[n].add(class, lease.devices, slot);
+            let has = self.nodes[n].device(class).map_or(0, |d| d.count);
             if held > has {
-                let class = &lease.device_class;
                 self.fail(format!("node {n} has {has} {class} and promised {held}"));
+            }
+            if of_one > WHOLE {
+                self.fail(format!("node {n} promised {of_one} thousandths of one {class}"));
             }
         }
         self.leases.insert(
@@ -92,6 +96,7 @@ impl Checker {
                 node: n,
                 class: lease.device_class.clone(),
                 devices: lease.devices,
+                slot,
                 live,
             },
         );
@@ -119,7 +124,12 @@ impl Checker {
             .device(&lease.device_class)
             .ok_or("there is no such device")?;
         node.allowed(order, device)?;
-        if lease.devices != order.constraints.devices.max(1) {
+        let c = &order.constraints;
+        let wanted = match c.share_milli {
+            0 => c.devices.max(1) * WHOLE,
+            share => share,
+        };
+        if lease.devices.milli() != wanted {
             return Err(format!(
                 "it takes {} devices, another number than its order wants",
                 lease.devices
@@ -170,11 +180,14 @@ impl Checker {
             ));
         }
         if let Some(seen) = self.leases.get(&key) {
-            let (class, devices) = (seen.class.clone(), seen.devices);
-            let running = count(&mut self.running[n], &class, devices.into());
+            let class = seen.class.clone();
+            let (running, of_one) = self.running[n].add(&class, seen.devices, seen.slot);
             let has = self.nodes[n].device(&class).map_or(0, |d| d.count);
             if running > has {
                 self.fail(format!("node {n} has {has} {class} and runs {running}"));
+            }
+            if of_one > WHOLE {
+                self.fail(format!("node {n} runs {of_one} thousandths on one {class}"));
             }
         }
     }
@@ -186,8 +199,7 @@ impl Checker {
         };
         run.ended = Some((now, done));
         if let Some(seen) = self.leases.get(&key) {
-            let (class, devices) = (seen.class.clone(), seen.devices);
-            count(&mut self.running[n], &class, -i64::from(devices));
+            self.running[n].remove(&seen.class, seen.devices, seen.slot);
         }
         if let Some(since) = self.wanted[n] {
             self.leaving_ms_max = self.leaving_ms_max.max(now - since);
@@ -217,7 +229,7 @@ impl Checker {
             return;
         }
         self.judged(Rule::OwnerFirst);
-        let guests: u32 = self.running[n].iter().map(|(_, devices)| devices).sum();
+        let guests = self.running[n].all();
         if guests > 0 {
             let waited = now - since;
             self.fail(format!(
@@ -225,20 +237,6 @@ impl Checker {
             ));
         }
     }
-}
-
-/// Adds to the count of a class; gives the new one.
-fn count(counts: &mut Vec<(String, u32)>, class: &str, by: i64) -> u32 {
-    let at = counts
-        .iter()
-        .position(|(known, _)| known == class)
-        .unwrap_or_else(|| {
-            counts.push((class.to_owned(), 0));
-            counts.len() - 1
-        });
-    let new = i64::from(counts[at].1).saturating_add(by).max(0);
-    counts[at].1 = u32::try_from(new).unwrap_or(u32::MAX);
-    counts[at].1
 }
 
 /// Reads the key of a row in a node's table of leases.

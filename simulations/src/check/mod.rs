@@ -5,6 +5,7 @@
 //! The first broken rule is kept; the world stops there. How often each rule was judged is counted, so that a
 //! report can tell a rule that held from one that was never tried.
 mod gangs;
+mod held;
 mod leases;
 mod money;
 mod truth;
@@ -12,6 +13,7 @@ mod truth;
 pub use truth::{TrueDevice, TrueNode};
 
 use crate::disk::Disk;
+use held::Held;
 use karez_core::{
     exchange::{ToNode, ToScheduler},
     id::{Digest, Fence, Institution, JobId, LeaseKey, PartIndex},
@@ -19,7 +21,7 @@ use karez_core::{
     money::Accounts,
     records::{Order, Verified},
     store::Change,
-    unit::{DeviceMillis, Rate},
+    unit::{DeviceMillis, Portion, Rate},
 };
 use karez_ledger::Book;
 use money::Side;
@@ -71,7 +73,9 @@ impl Rule {
 struct Seen {
     node: usize,
     class: String,
-    devices: u32,
+    devices: Portion,
+    /// Of a share: which of the devices that are shared.
+    slot: u32,
     live: bool,
 }
 
@@ -116,9 +120,9 @@ pub struct Checker {
     receipts: BTreeSet<Digest>,
     results: BTreeSet<Digest>,
     /// Devices promised now, of each machine by class.
-    held: Vec<Vec<(String, u32)>>,
+    held: Vec<Held>,
     /// Devices on which workers run now, of each machine by class.
-    running: Vec<Vec<(String, u32)>>,
+    running: Vec<Held>,
     /// Since when the owner wants the machine.
     wanted: Vec<Option<u64>>,
     /// The longest a guest stayed after its owner's word, in milliseconds.
@@ -145,8 +149,8 @@ impl Checker {
     pub fn new(schedulers: Vec<SchedulerId>, nodes: Vec<TrueNode>, keep_books: bool) -> Self {
         Self {
             by_id: nodes.iter().enumerate().map(|(n, node)| (node.id, n)).collect(),
-            held: vec![Vec::new(); nodes.len()],
-            running: vec![Vec::new(); nodes.len()],
+            held: vec![Held::default(); nodes.len()],
+            running: vec![Held::default(); nodes.len()],
             wanted: vec![None; nodes.len()],
             nodes,
             sides: schedulers.into_iter().map(Side::new).collect(),

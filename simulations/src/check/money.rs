@@ -184,7 +184,8 @@ impl Checker {
             let Some((began, (ended, true))) = run else {
                 return Err("settled as done, but no worker finished it".into());
             };
-            let ran = (ended - began) * u64::from(lease.devices);
+            let milli = (ended - began) * u64::from(lease.devices.milli());
+            let ran = milli.div_ceil(1_000);
             if receipt.billed > DeviceMillis(ran) {
                 return Err(format!("billed {} ms, ran {ran} ms", receipt.billed.0));
             }

@@ -17,6 +17,8 @@ pub struct TrueDevice {
     pub memory: Bytes,
     /// What the owner asks now.
     pub rate: Rate,
+    /// The smallest share of one that is lent, in thousandths; 0 for whole ones only.
+    pub share_min: u32,
 }
 
 /// A machine as it truly is.
@@ -81,7 +83,17 @@ impl TrueNode {
         if !device.class.starts_with(&c.device) {
             return Err(format!("{} is not {}", device.class, c.device));
         }
-        if device.memory < c.memory {
+        let share = u64::from(c.share_milli);
+        if share > 0 && (device.share_min == 0 || c.share_milli < device.share_min) {
+            return Err(format!("it lends no {share} thousandths of a {}", device.class));
+        }
+        let memory = if share > 0 {
+            device.memory.0 / 1_000 * share
+        } else {
+            device.memory.0
+        };
+        // What a thousandth is of a size that a thousand does not divide, is nobody's business.
+        if memory + 1_000 < c.memory.0 {
             return Err("it has too little memory".into());
         }
         if device.count < c.devices.max(1) {
@@ -109,7 +121,12 @@ impl TrueNode {
     /// Parts of `order` that could run here at once, money aside.
     pub fn room_for(&self, order: &Order) -> u32 {
         let able = self.devices.iter().filter(|d| self.allowed(order, d).is_ok());
-        able.map(|d| d.count / order.constraints.devices.max(1)).sum()
+        let c = &order.constraints;
+        able.map(|d| match c.share_milli {
+            0 => d.count / c.devices.max(1),
+            share => d.count * (1_000 / share),
+        })
+        .sum()
     }
 
     /// Could some device of this machine ever run `order`, money aside?

@@ -1,6 +1,9 @@
 //! Masks, deadlines, several devices, and speeds as finished work shows them.
 use super::*;
-use crate::records::{DataClass, Tier};
+use crate::{
+    records::{DataClass, Tier},
+    unit::Portion,
+};
 
 fn embed(order: &mut Order) {
     order.work = Work::Embed {
@@ -140,13 +143,13 @@ fn a_part_takes_as_many_devices_as_it_asked_for() {
     let mut bench = Bench::new("a:3gpu@1 b:4gpu@3");
     let two = |nonce| order(nonce, |o| o.constraints.devices = 2);
     let (node, ask) = the_ask(&bench.submit(&two(1)));
-    assert_eq!((node, ask.devices), (node_of("a"), 2));
+    assert_eq!((node, ask.devices), (node_of("a"), Portion::devices(2)));
     // One device is left there, and not enough.
     let (node, _) = the_ask(&bench.submit(&two(2)));
     assert_eq!(node, node_of("b"));
     // Billed for both, at most what the job may cost.
     assert_eq!(ask.rate.bill(ask.device_ms_max), Some(Credits(1_000_000)));
-    let lease = grant("a", &ask, |l| l.devices = 2);
+    let lease = grant("a", &ask, |l| l.devices = Portion::devices(2));
     bench.hear("a", ToScheduler::Granted(lease.clone()));
     bench.now += 60_000;
     let out = bench.hear("a", done(finished("a", lease, 100_000, |_| {})));
@@ -155,12 +158,58 @@ fn a_part_takes_as_many_devices_as_it_asked_for() {
     // A lease over fewer devices is another lease.
     let (node, ask) = the_ask(&bench.submit(&two(3)));
     let name = if node == node_of("a") { "a" } else { "b" };
-    let lease = grant(name, &ask, |l| l.devices = 1);
+    let lease = grant(name, &ask, |l| l.devices = Portion::ONE);
     let out = bench.hear(name, done(finished(name, lease, 1_000, |_| {})));
     assert!(
         brief(&out).contains("the lease is not the one that was asked for"),
         "{}",
         brief(&out)
+    );
+}
+
+#[test]
+fn a_part_takes_the_share_it_asked_for_and_pays_for_no_more() {
+    let mut bench = Bench::new("a:1gpu@1 b:2gpu@3,share=200");
+    let share = |nonce, milli| order(nonce, move |o| o.constraints.share_milli = milli);
+    // Only `b` lends shares, the smallest is a fifth.
+    let told = bench.c.explain_order(bench.clock(), &share(9, 100));
+    assert!(
+        told.summary
+            .contains("2 excluded by share of a device (the smallest share lent is 0.2 of a device)"),
+        "{}",
+        told.summary
+    );
+    let mut asks_made = Vec::new();
+    for nonce in 1..=4 {
+        let (node, ask) = the_ask(&bench.submit(&share(nonce, 400)));
+        assert_eq!((node, ask.devices), (node_of("b"), Portion::share(400).unwrap()));
+        asks_made.push(ask);
+    }
+    // Two and two of them fill both devices but for a fifth each.
+    assert!(asks(&bench.submit(&share(5, 400))).is_empty());
+    let (node, _) = the_ask(&bench.submit(&share(6, 200)));
+    assert_eq!(node, node_of("b"));
+    // Four tenths of the price, and the device time of four tenths.
+    let ask = &asks_made[0];
+    assert_eq!(ask.rate.bill(ask.device_ms_max), Some(Credits(1_000_000)));
+    let lease = grant("b", ask, |_| {});
+    bench.hear("b", ToScheduler::Granted(lease.clone()));
+    bench.now += 60_000;
+    let out = bench.hear("b", done(finished("b", lease, 24_000, |_| {})));
+    let receipt = receipt_in(&out);
+    assert_eq!(
+        (receipt.billed, receipt.observed),
+        (DeviceMillis(24_000), DeviceMillis(24_000))
+    );
+    assert_eq!(receipt.credits, ask.rate.bill(DeviceMillis(24_000)).unwrap());
+    // What became free is somebody's at once.
+    assert_eq!(asks(&out).len(), 1, "{}", brief(&out));
+    let told = brief(&bench.submit(&order(7, |o| {
+        (o.constraints.share_milli, o.constraints.devices) = (500, 2);
+    })));
+    assert!(
+        told.contains("contradicts itself: each part should take 2 devices, and a share of one"),
+        "{told}"
     );
 }
 
@@ -401,7 +450,10 @@ fn advice_sends_no_work_to_a_group_that_may_not_run_it() {
         }
         // All that is held comes free at once, and the slow path is asked about what waits.
         for name in &names {
-            bench.c.market.give_back(&node_of(name), "gpu", 3);
+            bench
+                .c
+                .market
+                .give_back(&node_of(name), "gpu", Portion::devices(3));
         }
         bench.now += 10_000;
         bench.c.consult(bench.clock());

@@ -128,6 +128,40 @@ fn scarce_devices_are_kept_for_what_can_run_nowhere_else() {
     );
 }
 
+/// Nothing that needs the scarce device waits now, but such work comes all the time.
+#[test]
+fn scarce_devices_are_kept_for_what_is_likely_to_come() {
+    for (came, expected) in [(3, "other"), (0, "scarce")] {
+        let mut bench = Bench::new("");
+        bench.admit("a", Role::Node, Credits::ZERO);
+        bench.tell(Event::NodeConnected(node_of("a")));
+        bench.offer("a:1gpu/scarce@1,also=1gpu/other@2");
+        for nonce in 1..=came {
+            let only = order(nonce, |o| o.constraints.device = "gpu/scarce".into());
+            let (_, ask) = the_ask(&bench.submit(&only));
+            let lease = grant("a", &ask, |_| {});
+            bench.now += 1_000;
+            bench.hear("a", done(finished("a", lease, 100, |_| {})));
+        }
+        bench.now += 1_000;
+        let either = order(9, |o| o.constraints.device = "gpu".into());
+        let (_, ask) = the_ask(&bench.submit(&either));
+        assert_eq!(ask.device_class, format!("gpu/{expected}"), "after {came}");
+        let why = bench.part(&ask.key).why;
+        assert_eq!(why.contains("scarcer capacity is kept"), came > 0, "{why}");
+        // When it has not come for long, nothing is kept for it.
+        bench.now += 700_000;
+        bench.hear("a", done(finished("a", grant("a", &ask, |_| {}), 100, |_| {})));
+        let later = order(10, |o| {
+            o.constraints.device = "gpu".into();
+            o.issued_at = UtcMillis(START + 700_000);
+            o.expires_at = UtcMillis(START + 1_300_000);
+        });
+        let (_, ask) = the_ask(&bench.submit(&later));
+        assert_eq!(ask.device_class, "gpu/scarce", "after {came}");
+    }
+}
+
 /// Random markets and orders: what is explained beforehand is what placement then does.
 #[test]
 fn explanations_agree_with_placement() {

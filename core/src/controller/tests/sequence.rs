@@ -61,6 +61,77 @@ fn parts_in_sequence_follow_each_other_from_state_to_state() {
     assert_eq!(bench.c.job(&ask.key.job).unwrap().state, JobState::Done);
 }
 
+/// Half an hour of training on a cheap machine whose owner often takes it back, beside a dear one that stays.
+#[test]
+fn training_leaves_a_fickle_machine_while_there_is_time_to() {
+    const STEP: u64 = 6_000;
+    for (spare, there_at_first) in [(420, "a"), (20, "b")] {
+        let mut bench = Bench::new("a:1gpu@1 b:1gpu@9");
+        for _ in 0..30 {
+            let hour = DeviceMillis(3_600_000);
+            bench.c.market.note_watched(&node_of("a"), hour, true);
+        }
+        let order = order(1, |order| {
+            *order = training().into_inner();
+            order.items = 360;
+            // At a unit a second: the base model counts as the reference.
+            let Work::Train(train) = &mut order.work else {
+                unreachable!()
+            };
+            train.model.bytes = Bytes(220_000_000);
+            train.tokens_per_step = 6;
+            order.items_per_part = 360;
+            order.credits_max = Credits(9_000_000);
+            order.constraints.deadline = Some(UtcMillis(START + (360 + spare) * STEP));
+        });
+        let (node, ask) = the_ask(&bench.submit(&order));
+        let name = if node == node_of("a") { "a" } else { "b" };
+        assert_eq!(name, there_at_first, "{spare} steps to spare");
+        bench.hear(name, ToScheduler::Granted(grant(name, &ask, |_| {})));
+        // The cheap one grows slow, and so uses the slack up.
+        let mut called = None;
+        for step in 1..360 + spare / 2 {
+            bench.now = START + step * STEP;
+            if step == 300 {
+                bench.offer("a:1gpu@1");
+                bench.offer("b:1gpu@9");
+            }
+            let held = Held {
+                key: ask.key,
+                phase: Phase::Running,
+                items_done: match name {
+                    "a" if step > 100 => 100 + (step - 100) * 3 / 10,
+                    _ => step.min(359),
+                },
+                tokens: 0,
+                loss_micro: 0,
+            };
+            let report = Report {
+                sequence: step,
+                held: vec![held],
+            };
+            let out = bench.hear(name, ToScheduler::Report(report));
+            let cause = out.iter().find_map(|effect| match effect {
+                Effect::Send(_, ToNode::Move { cause, .. }) => Some(cause.clone()),
+                _ => None,
+            });
+            if let Some(cause) = cause {
+                called = Some((step, cause));
+                break;
+            }
+        }
+        match (there_at_first, called) {
+            ("a", Some((step, cause))) => {
+                assert!(cause.contains("no time to lose any more"), "{cause}");
+                // As late as it could, and go on as slowly.
+                assert!((400..430).contains(&step), "{step}");
+            }
+            ("b", None) => {}
+            (_, other) => panic!("{spare}: {other:?}"),
+        }
+    }
+}
+
 #[test]
 fn what_a_reclaimed_attempt_left_goes_along() {
     let mut bench = Bench::new("a:1gpu@3 b:1gpu@4");

@@ -50,17 +50,18 @@ impl Block {
         end
     }
 
-    /// Of the places in `mask`: one of those with the most free, by turn.
-    pub(super) fn fullest(&self, mask: u32, turn: u32) -> usize {
+    /// Of the places in `mask`: one of those with the most free, by turn; with the least, where it should be `snug`.
+    pub(super) fn fullest(&self, mask: u32, turn: u32, snug: bool) -> usize {
         let (mut left, mut most, mut full) = (mask, 0, 0u32);
         while left != 0 {
             let at = left.trailing_zeros();
             left &= left - 1;
             let level = self.levels[at as usize];
-            if level > most {
-                (most, full) = (level, 0);
+            let worth = if snug { u8::MAX - level } else { level };
+            if worth > most {
+                (most, full) = (worth, 0);
             }
-            if level == most {
+            if worth == most {
                 full |= 1 << at;
             }
         }

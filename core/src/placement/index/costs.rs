@@ -20,6 +20,8 @@ pub struct Costs {
     weights: u32,
     /// How far a bound may lie above the truth because of rounding, as a share.
     pub(super) slack: f32,
+    /// Of equals, the one with the least free wins: what is small must not break up what is whole.
+    pub(super) snug: bool,
 }
 
 /// Classes that follow each other, in whole vectors, and where their numbers begin.
@@ -93,7 +95,15 @@ impl Costs {
             list,
             weights,
             slack,
+            snug: false,
         }
+    }
+
+    /// Of equal places, the one with the least free wins.
+    #[must_use]
+    pub fn snug(mut self, snug: bool) -> Self {
+        self.snug = snug;
+        self
     }
 
     /// Reads a little of it, so that it is at hand when it is needed: for callers who know what they will ask next.

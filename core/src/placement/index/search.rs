@@ -40,7 +40,8 @@ impl Index {
     /// sorted, counts among them.
     ///
     /// `exact` judges a place: its score, or `None` when it will not do after all. `bound ≤ score` must hold for
-    /// every place. Between equals, classes take turns by `turn`, and in a class the most free of them wins.
+    /// every place. Between equals, classes take turns by `turn`, and in a class the most free of them wins, or the least
+    /// free, as `costs` say.
     pub fn cheapest(
         &self,
         costs: &Costs,
@@ -161,7 +162,7 @@ impl<E: FnMut(SlotId) -> Option<u64>> Search<'_, E> {
             let run = (u32::MAX >> (BLOCK - end)) & (u32::MAX << at);
             let mut equals = bytes::mask(&block.levels, self.need) & run;
             while equals != 0 && bound < self.threshold {
-                let at = block.fullest(equals, self.turn);
+                let at = block.fullest(equals, self.turn, self.costs.snug);
                 equals &= !(1 << at);
                 self.judge(SlotId(block.slots[at]));
             }
