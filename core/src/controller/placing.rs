@@ -4,7 +4,7 @@ use super::{
     Effect,
     deadline::{self, Takes, Urgency},
     guide::shape_of,
-    job::{Job, JobState},
+    job::{Job, JobState, Part},
 };
 use crate::{
     exchange::{Holder, LeaseAsk, ToNode},
@@ -261,8 +261,8 @@ impl Controller {
                         trial.refused = Some((part.items, part.avoid.clone(), why));
                         self.hold_back(now.mono.after(BACKOFF));
                     }
-                    // Why can wait for the next look, above all where something was said before.
-                    InTime::Nowhere if self.judged > EXPLAINED_MAX => {
+                    // Why can wait for the next look, the sooner where something was said before.
+                    InTime::Nowhere if self.explains_no_more(part) => {
                         self.hold_back(now.mono.after(BACKOFF));
                         break;
                     }
@@ -319,6 +319,16 @@ impl Controller {
             }
         }
         of(find(request))
+    }
+
+    /// A quarter of what a look may spend on explaining is for those that were told something already.
+    fn explains_no_more(&self, part: &Part) -> bool {
+        let most = match part.cause.is_empty() {
+            true => EXPLAINED_MAX,
+            false => EXPLAINED_MAX / 4,
+        };
+        // Who avoids nodes may be forgiven them, which is found out on the way.
+        self.judged > most && part.avoid.is_empty()
     }
 
     /// How urgent a job is, for its place among those of its institution.
