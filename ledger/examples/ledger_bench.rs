@@ -4,7 +4,9 @@
 //!
 //! Beside each figure stands a bare file that appends the same number of bytes and calls `sync_data`, and redb with one
 //! durable transaction per group, in the same run on the same disk: compare those, not the figures of different
-//! machines. Figures "per core second" count CPU time. KAREZ_BENCH_RECEIPTS sets the size of the large ledger (100,000);
+//! machines. The bare file is also put behind a queue, with as many tasks that wait for it: the load without a ledger. Figures
+//! "per core second" count CPU time. KAREZ_BENCH_RECEIPTS sets the size of the large ledger (100,000); `--commits DIR`
+//! measures commits alone;
 //! `--make DIR COUNT` makes one beforehand, and KAREZ_BENCH_LEDGER=DIR measures it.
 #![allow(clippy::unwrap_used)]
 #[path = "../tests/common/mod.rs"]
@@ -112,6 +114,57 @@ fn bare(dir: &Path, bytes: u64, group: usize, syncs: usize) -> Value {
         "p50_ms": quantile(&times, 0.5),
         "p99_ms": quantile(&times, 0.99),
     })
+}
+
+/// The bare file behind a queue: as many tasks, each of which waits until its bytes are synced together with others'. What
+/// the ledger adds to that is the ledger's own: checks, hashes, tree, balances, index.
+async fn queued(dir: &Path, bytes: u64, writers: u64, each: u64) -> Value {
+    type Asked = (Vec<u8>, tokio::sync::oneshot::Sender<()>);
+    let path = dir.join("queued");
+    let mut file = File::create(&path).unwrap();
+    let (queue, mut asked) = tokio::sync::mpsc::channel::<Asked>(1024);
+    let thread = std::thread::spawn(move || {
+        while let Some(first) = asked.blocking_recv() {
+            let (mut block, mut replies) = (first.0, vec![first.1]);
+            while replies.len() < 1024
+                && let Ok((bytes, reply)) = asked.try_recv()
+            {
+                block.extend_from_slice(&bytes);
+                replies.push(reply);
+            }
+            file.write_all(&block).unwrap();
+            file.sync_data().unwrap();
+            for reply in replies {
+                let _ = reply.send(());
+            }
+        }
+    });
+    let start = Instant::now();
+    let tasks: Vec<_> = (0..writers)
+        .map(|_| {
+            let queue = queue.clone();
+            tokio::spawn(async move {
+                let mut times = Vec::new();
+                for _ in 0..each {
+                    let begin = Instant::now();
+                    let (reply, done) = tokio::sync::oneshot::channel();
+                    queue.send((vec![7; bytes as usize], reply)).await.unwrap();
+                    done.await.unwrap();
+                    times.push(begin.elapsed());
+                }
+                times
+            })
+        })
+        .collect();
+    let mut times = Vec::new();
+    for task in tasks {
+        times.extend(task.await.unwrap());
+    }
+    let result = figures(times, start.elapsed());
+    drop(queue);
+    thread.join().unwrap();
+    std::fs::remove_file(path).unwrap();
+    result
 }
 
 /// redb with the same bytes: one durable transaction for each group of as many writers.
@@ -380,35 +433,49 @@ fn verify_file(path: &str) {
     );
 }
 
-fn main() {
-    let mut args = std::env::args().skip(1);
-    let given: Vec<String> = std::env::args().skip(1).collect();
-    match given.iter().map(String::as_str).collect::<Vec<_>>()[..] {
-        ["--verify", file] => return verify_file(file),
-        ["--make", dir, count] => return make(Path::new(dir), count.parse().unwrap()),
-        _ => {}
-    }
-    let out = PathBuf::from(args.next().expect("usage: ledger_bench OUT.json [DIR]"));
-    let place = args.next().map_or_else(std::env::temp_dir, PathBuf::from);
+/// Commits alone, beside a bare file and redb: for whoever works on the writer.
+fn commits_only(place: &Path) -> Vec<Value> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
         .unwrap();
     let mut rows = Vec::new();
     for (writers, each) in [(1, 300), (16, 200), (256, 400)] {
-        let dir = tempfile::tempdir_in(&place).unwrap();
+        let dir = tempfile::tempdir_in(place).unwrap();
         let (ledger, bytes) = runtime.block_on(commits(dir.path(), writers, each));
         let file = bare(dir.path(), bytes, writers as usize, 200);
+        let queue = runtime.block_on(queued(dir.path(), bytes, writers, each));
         let peer = redb(dir.path(), bytes, writers as usize, 60);
-        println!("{writers} writers: {ledger}\n  bare file: {file}\n  redb: {peer}");
+        println!(
+            "{writers} writers: {ledger}\n  bare file: {file}\n  bare file behind a queue: {queue}\n  redb: {peer}"
+        );
         rows.push(json!({
             "writers": writers,
             "bytes_per_commit": bytes,
             "ledger": ledger,
             "bare_file": file,
+            "bare_file_behind_a_queue": queue,
             "redb": peer,
         }));
     }
+    rows
+}
+
+fn main() {
+    let mut args = std::env::args().skip(1);
+    let given: Vec<String> = std::env::args().skip(1).collect();
+    match given.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+        ["--verify", file] => return verify_file(file),
+        ["--commits", dir] => {
+            commits_only(Path::new(dir));
+            return;
+        }
+        ["--make", dir, count] => return make(Path::new(dir), count.parse().unwrap()),
+        _ => {}
+    }
+    let out = PathBuf::from(args.next().expect("usage: ledger_bench OUT.json [DIR]"));
+    let place = args.next().map_or_else(std::env::temp_dir, PathBuf::from);
+    let rows = commits_only(&place);
     let receipts = receipts(20_000);
     println!("receipts: {receipts}");
     let large = match std::env::var_os("KAREZ_BENCH_LEDGER") {

@@ -32,6 +32,17 @@ pub enum Step {
     },
 }
 
+impl Step {
+    /// What it takes in a frame.
+    fn size(&self) -> usize {
+        match self {
+            Self::Put { table, key, value } => 13 + table.len() + key.len() + value.len(),
+            Self::Delete { table, key } => 9 + table.len() + key.len(),
+            Self::Entry { bytes, .. } => 13 + bytes.len(),
+        }
+    }
+}
+
 /// A committed transaction.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Change {
@@ -83,7 +94,9 @@ pub(crate) fn encode_steps(steps: &[Step]) -> Vec<u8> {
 }
 
 fn encode(tag: u8, steps: &[Step]) -> Vec<u8> {
-    let mut out = vec![tag];
+    let size: usize = steps.iter().map(Step::size).sum();
+    let mut out = Vec::with_capacity(5 + size);
+    out.push(tag);
     // Lengths are capped far below 32 bits before a transaction comes here.
     out.extend_from_slice(&(steps.len() as u32).to_be_bytes());
     let bytes = |out: &mut Vec<u8>, bytes: &[u8]| {

@@ -21,8 +21,8 @@ const IDLE: Duration = Duration::from_millis(300);
 const BEHIND_MAX: usize = 1024;
 const BEHIND_BYTES_MAX: usize = 64 << 20;
 /// While it is not asked for anything, groups are left to gather for so long: rows that change again and again are
-/// then written once, and entries many to a value.
-const GATHER: Duration = Duration::from_millis(20);
+/// then written once, entries many to a value, and a burst of commits has the processor to itself.
+const GATHER: Duration = Duration::from_millis(200);
 /// No more than this is gathered.
 const GATHER_BYTES: usize = 8 << 20;
 /// How long a reader waits for it to catch up.

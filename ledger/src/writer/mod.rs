@@ -1,9 +1,10 @@
 //! The one durable writer of a daemon: its state and its ledger in the same transactions.
 //!
 //! One thread takes transactions from a bounded queue. What has queued up while the disk was busy becomes the next
-//! group (at most [`GROUP_MAX`]); a lone writer's transactions are written at once and never wait for company. A group is one
-//! append to the journal and one sync, then the answers; the index follows on a thread of its own, so that the next
-//! group is on its way to the disk meanwhile, and readers wait until it has come as far as they look. A transaction that
+//! group (at most [`GROUP_MAX`]), with those of the last group who come back within a part of what a sync takes; a lone
+//! writer's transactions are written at once and never wait for company. A group is one append to the journal and one sync,
+//! then the answers; the index follows on a thread of its own, in larger steps, so that the next group is on its way to the
+//! disk meanwhile, and readers wait until it has come as far as they look. A transaction that
 //! breaks a rule is refused alone; the others of its group do not notice.
 //!
 //! Signatures are checked by the caller's side of [`Writer::commit`], not by the writer's thread.
@@ -45,7 +46,7 @@ use std::{
 use tokio::sync::{Semaphore, mpsc, oneshot};
 
 /// The most transactions that share one sync.
-pub const GROUP_MAX: usize = 256;
+pub const GROUP_MAX: usize = 1024;
 /// The longest name of a table, in bytes.
 pub const TABLE_BYTES_MAX: usize = 64;
 /// The longest key, in bytes.

@@ -25,8 +25,10 @@ use tokio::sync::{mpsc, oneshot};
 const GROUP_BYTES_MAX: usize = 8 << 20;
 /// A snapshot of the book is written after this many entries, at the least.
 const SNAPSHOT_MIN: u64 = 10_000;
-/// How long a group waits for those of the last one; a lone writer never waits.
-const NAP: Duration = Duration::from_micros(100);
+/// While a group waits for those of the last one, it looks for them this often.
+const NAP: Duration = Duration::from_micros(50);
+/// And waits at most as long as the last sync took, and never longer than this.
+const PATIENCE_MAX: Duration = Duration::from_millis(2);
 /// A failed index is not reopened more often than this.
 const INDEX_RETRY: Duration = Duration::from_secs(1);
 
@@ -43,8 +45,9 @@ pub(super) struct Scribe {
     retry_at: Instant,
     /// Entries in the last snapshot of the book.
     snapshot_at: u64,
-    /// How many were in the last group.
+    /// How many are expected in the next group, and how long it may wait for them.
     company: usize,
+    patience: Duration,
     /// After a failed compaction: the length at which it is tried again.
     compact_above: u64,
     /// The journal's next generation is named but could not be read: nothing may be written until it is.
@@ -59,6 +62,19 @@ struct Accepted {
     /// By which record each entry is found.
     records: Vec<[u8; derived::ID]>,
     undo: Vec<Undo>,
+}
+
+/// Transactions that will share one append and one sync.
+#[derive(Default)]
+struct Group {
+    /// With those that were refused.
+    taken: usize,
+    bytes: usize,
+    /// Bytes that the disk had left before it; nothing where it does not tell.
+    free: Option<u64>,
+    frames: Vec<u8>,
+    changes: Vec<Change>,
+    accepted: Vec<Accepted>,
 }
 
 impl Scribe {
@@ -85,6 +101,7 @@ impl Scribe {
             retry_at: Instant::now(),
             snapshot_at: 0,
             company: 0,
+            patience: Duration::ZERO,
             compact_above: 0,
             stuck: None,
             _lock: lock,
@@ -103,23 +120,7 @@ impl Scribe {
                     continue;
                 }
             };
-            let mut bytes = first.bytes;
-            let mut group = vec![first];
-            let mut take = |group: &mut Vec<Request>| {
-                while group.len() < GROUP_MAX && bytes < GROUP_BYTES_MAX {
-                    let Ok(next) = requests.try_recv() else { break };
-                    bytes += next.bytes;
-                    group.push(next);
-                }
-            };
-            take(&mut group);
-            if group.len() * 2 < self.company {
-                // Whoever was just answered is about to come back: one sync for all, not one for the quickest.
-                thread::sleep(NAP);
-                take(&mut group);
-            }
-            self.company = group.len();
-            self.commit(group);
+            self.commit(first, &mut requests);
             self.maintain();
         }
         self.indexer.finish();
@@ -136,40 +137,50 @@ impl Scribe {
         }
     }
 
-    fn commit(&mut self, group: Vec<Request>) {
-        let bytes: usize = group.iter().map(|r| r.bytes).sum();
-        if let Err(why) = self.unstick().and_then(|()| self.check_room(bytes as u64)) {
-            for request in group {
-                let _ = request.reply.send(Err(why.clone()));
-            }
+    /// Commits `first` and whoever else is there, or about to be.
+    fn commit(&mut self, first: Request, requests: &mut mpsc::Receiver<Request>) {
+        if let Err(why) = self.unstick() {
+            let _ = first.reply.send(Err(why));
             return;
         }
-        let mut frames = Vec::with_capacity(bytes + 64 * group.len());
-        let mut changes = Vec::with_capacity(group.len());
-        let mut accepted = Vec::with_capacity(group.len());
         let tree_before = self.book.tree().clone();
-        for request in group {
-            let mut undo = Vec::new();
-            let mut records = Vec::new();
-            match self.stage(request.ops, &mut undo, &mut records, &mut frames) {
-                Ok((change, committed)) => {
-                    changes.push(change);
-                    accepted.push(Accepted {
-                        reply: request.reply,
-                        committed,
-                        records,
-                        undo,
-                    });
+        let mut group = Group {
+            free: self.free(),
+            ..Group::default()
+        };
+        let begun = Instant::now();
+        let mut next = Some(first);
+        loop {
+            // Each is worked in as it comes, so that nothing is left to do once the last one is there.
+            while let Some(request) = next.take() {
+                self.join(request, &mut group);
+                if group.taken >= GROUP_MAX || group.bytes >= GROUP_BYTES_MAX {
+                    break;
                 }
-                Err(why) => {
-                    self.take_back(undo);
-                    let _ = request.reply.send(Err(why));
-                }
+                next = requests.try_recv().ok();
+            }
+            // Whoever was just answered is about to come back: one sync for all, not one for each half of them. A lone
+            // writer never waits, and nobody waits for longer than a sync takes.
+            let whole = group.taken >= self.company.min(GROUP_MAX) || group.bytes >= GROUP_BYTES_MAX;
+            if whole || begun.elapsed() >= self.patience {
+                break;
+            }
+            thread::sleep(NAP);
+            next = requests.try_recv().ok();
+            if next.is_none() && begun.elapsed() >= self.patience / 2 {
+                break;
             }
         }
+        let Group {
+            frames,
+            changes,
+            accepted,
+            ..
+        } = group;
         if accepted.is_empty() {
             return;
         }
+        let begun = Instant::now();
         if let Err(why) = self.truth.journal.append(&frames) {
             for Accepted { reply, undo, .. } in accepted.into_iter().rev() {
                 self.take_back(undo);
@@ -179,6 +190,7 @@ impl Scribe {
             return;
         }
         // From here on it has happened, whatever becomes of the index.
+        self.patience = begun.elapsed().min(PATIENCE_MAX);
         self.derive(tree_before, &accepted);
         self.indexer.apply(changes, frames.len(), self.book.entries());
         {
@@ -190,8 +202,38 @@ impl Scribe {
             view.head = self.book.head();
             view.root = self.book.tree().root();
         }
+        // All that will be there soon: those who wait already, and those who have their answer now.
+        self.company = requests.len() + accepted.len();
         for Accepted { reply, committed, .. } in accepted {
             let _ = reply.send(Ok(committed));
+        }
+    }
+
+    /// Takes a transaction into the group, or refuses it.
+    fn join(&mut self, request: Request, group: &mut Group) {
+        group.taken += 1;
+        group.bytes += request.bytes;
+        if let Err(why) = self.check_room(group) {
+            group.bytes -= request.bytes;
+            let _ = request.reply.send(Err(why));
+            return;
+        }
+        let mut undo = Vec::new();
+        let mut records = Vec::new();
+        match self.stage(request.ops, &mut undo, &mut records, &mut group.frames) {
+            Ok((change, committed)) => {
+                group.changes.push(change);
+                group.accepted.push(Accepted {
+                    reply: request.reply,
+                    committed,
+                    records,
+                    undo,
+                });
+            }
+            Err(why) => {
+                self.take_back(undo);
+                let _ = request.reply.send(Err(why));
+            }
         }
     }
 
@@ -251,21 +293,22 @@ impl Scribe {
         Ok(())
     }
 
+    /// What the disk has left. Without an answer the write itself will tell.
+    fn free(&self) -> Option<u64> {
+        let stat = rustix::fs::statvfs(&self.dir).ok()?;
+        Some(stat.f_bavail.saturating_mul(stat.f_frsize))
+    }
+
     /// Refuses early, so that the index never meets a full disk: it would not survive that as well as the journal.
-    fn check_room(&self, bytes: u64) -> Result<(), StoreError> {
-        let free = match rustix::fs::statvfs(&self.dir) {
-            Ok(stat) => stat.f_bavail.saturating_mul(stat.f_frsize),
-            // Without an answer the write itself will tell.
-            Err(_) => return Ok(()),
-        };
-        let wanted = self.options.free_bytes_min.saturating_add(bytes);
-        if free >= wanted {
-            return Ok(());
+    fn check_room(&self, group: &Group) -> Result<(), StoreError> {
+        let wanted = self.options.free_bytes_min.saturating_add(group.bytes as u64);
+        match group.free {
+            Some(free) if free < wanted => Err(StoreError::DiskFull {
+                path: self.dir.clone(),
+                needed: wanted - free,
+            }),
+            _ => Ok(()),
         }
-        Err(StoreError::DiskFull {
-            path: self.dir.clone(),
-            needed: wanted - free,
-        })
     }
 
     /// Adds the group's entries to the files of the tree. What fails here is made up for at the next opening.
