@@ -6,8 +6,8 @@
 use karez_core::{
     id::Digest,
     records::{
-        Acceptance, CreditLimit, Delegation, Dispute, Grant, Invitation, Lease, MeterReading, Offer, Order,
-        Payment, RateCard, Receipt, Record, Ruling, Signed, Usage, describe, is_canonical, to_check,
+        Acceptance, CreditLimit, Delegation, Dispute, Floors, Grant, Invitation, Lease, MeterReading, Offer,
+        Order, Payment, RateCard, Receipt, Record, Ruling, Signed, Usage, describe, is_canonical, to_check,
     },
 };
 use karez_ledger::{
@@ -41,6 +41,7 @@ pub fn record(bytes: &[u8]) {
     one::<CreditLimit>(bytes);
     one::<Delegation>(bytes);
     one::<Dispute>(bytes);
+    one::<Floors>(bytes);
     one::<Grant>(bytes);
     one::<Invitation>(bytes);
     one::<Lease>(bytes);

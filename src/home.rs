@@ -3,7 +3,7 @@
 //! ```text
 //! ~/.karez/user.pem      the user's key, readable by its owner only
 //! ~/.karez/client.toml   which scheduler to talk to
-//! ~/.karez/artifacts/    uploads and downloads, by digest
+//! ~/.karez/artifacts/    uploads and downloads, by digest; artifacts-2 and so on for commands at the same time
 //! ```
 use crate::fault::{Kind, fault};
 use anyhow::{Context, Result};
@@ -15,12 +15,17 @@ use karez_core::{
 use karez_net::{identity, store::ArtifactStore};
 use serde::{Deserialize, Serialize};
 use std::{
-    fs, io,
+    collections::BTreeMap,
+    fs::{self, File, TryLockError},
+    io,
     path::{Path, PathBuf},
+    sync::{Mutex, PoisonError},
 };
 
 /// What the local store may take of the disk; the least recently used goes first.
 const STORE_LIMIT: Bytes = Bytes(64 << 30);
+/// Stores of a home, for commands that run at the same time.
+const STORES_MAX: usize = 64;
 
 /// The folder everything of one user lives in.
 #[derive(Debug, Clone)]
@@ -83,6 +88,11 @@ impl Home {
         })
     }
 
+    /// The user's key, if there is one: what needs no name works without.
+    pub(crate) fn key_if_any(&self) -> Result<Option<SecretKey>> {
+        self.key_path().exists().then(|| self.key()).transpose()
+    }
+
     /// The user's key, drawn now if there is none; true when it is new.
     pub(crate) fn key_or_new(&self) -> Result<(SecretKey, bool)> {
         if self.key_path().exists() {
@@ -133,11 +143,45 @@ impl Home {
         }
     }
 
-    /// Uploads and downloads, by digest.
+    /// Uploads and downloads, by digest. Commands that run at the same time have a store each: a store sweeps at its start
+    /// what it takes for the remains of a crash.
     pub(crate) fn store(&self) -> Result<ArtifactStore> {
-        let dir = self.dir.join("artifacts");
+        let dir = self.own_store()?;
         ArtifactStore::open(&dir, STORE_LIMIT)
             .with_context(|| format!("the artifact store {}", dir.display()))
+    }
+}
+
+impl Home {
+    /// The first store's folder that no other process has; this one keeps it until it ends.
+    fn own_store(&self) -> Result<PathBuf> {
+        static OWN: Mutex<BTreeMap<PathBuf, (PathBuf, File)>> = Mutex::new(BTreeMap::new());
+        let mut own = OWN.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((dir, _)) = own.get(&self.dir) {
+            return Ok(dir.clone());
+        }
+        for n in 1..=STORES_MAX {
+            let name = match n {
+                1 => "artifacts".to_owned(),
+                n => format!("artifacts-{n}"),
+            };
+            let dir = self.dir.join(name);
+            let at = || dir.display().to_string();
+            fs::create_dir_all(&dir).with_context(at)?;
+            let lock = File::create(dir.join("lock")).with_context(at)?;
+            // Whoever comes when all are taken waits for the last one.
+            let taken = match lock.try_lock() {
+                Err(TryLockError::WouldBlock) if n < STORES_MAX => continue,
+                Err(TryLockError::WouldBlock) => lock.lock(),
+                Err(TryLockError::Error(error)) => Err(error),
+                Ok(()) => Ok(()),
+            };
+            taken.with_context(at)?;
+            own.insert(self.dir.clone(), (dir.clone(), lock));
+            return Ok(dir);
+        }
+        let why = format!("{}: all of its stores are taken", self.dir.display());
+        Err(fault(Kind::Other, why))
     }
 }
 

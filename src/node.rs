@@ -3,14 +3,16 @@ use crate::{
     cli::Context,
     fault::{Kind, fault},
     options::rate,
-    out::{Column, Table, clean, rate as price, size, span},
+    out::{Column, Table, clean, credits, minute, rate as price, size, span},
     process,
 };
 use anyhow::{Context as _, Result};
+use base64::{Engine as _, prelude::BASE64_STANDARD};
 use clap::{Args, Subcommand};
 use karez_core::{
     id::{Country, Institution},
     key::SchedulerId,
+    records::{Receipt, Signed},
     unit::Rate,
 };
 use karez_node::{
@@ -20,7 +22,14 @@ use karez_node::{
     init::JoinBy,
 };
 use serde_json::json;
-use std::{future::Future, path::PathBuf, time::Duration};
+use std::{
+    collections::VecDeque,
+    fs::File,
+    future::Future,
+    io::{BufRead, BufReader},
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 /// `karez node`.
 #[derive(Debug, Args)]
@@ -71,9 +80,25 @@ Examples:
     /// Everybody out, within the owner's grace
     #[command(after_help = "Example:\n  karez node reclaim")]
     Reclaim(WaitArgs),
+    /// What schedulers have signed for the work done here
+    #[command(after_help = "\
+Examples:
+  karez node receipts -n 50
+  karez ledger verify ledger.jsonl --receipts \"$(karez node receipts --path)\"")]
+    Receipts(ReceiptsArgs),
     /// Measure how fast models run here; offers say so from the node's next start on
     #[command(after_help = "Examples:\n  karez node bench\n  karez node bench --small --model llama-3b.gguf")]
     Bench(BenchArgs),
+}
+
+#[derive(Debug, Args)]
+struct ReceiptsArgs {
+    /// How many, the newest last
+    #[arg(short = 'n', long, value_name = "N", default_value_t = 20)]
+    limit: usize,
+    /// Only say where the file is
+    #[arg(long)]
+    path: bool,
 }
 
 #[derive(Debug, Args)]
@@ -145,6 +170,7 @@ pub(crate) fn run(context: &Context, args: NodeArgs) -> Result<()> {
             NodeCommand::Open => show(context, &asked(control::command(&dir, Command::Open)).await?),
             NodeCommand::Drain(args) => leave(context, dir, Command::Drain, args.wait).await,
             NodeCommand::Reclaim(args) => leave(context, dir, Command::Reclaim, args.wait).await,
+            NodeCommand::Receipts(args) => receipts(context, &dir, &args),
             NodeCommand::Bench(args) => bench(context, dir, args).await,
         }
     });
@@ -159,6 +185,74 @@ fn worker_program() -> Result<Option<WorkerProgram>> {
     }
     let own = std::env::current_exe().context("finding this program's own file")?;
     Ok(Some(WorkerProgram::new(own)))
+}
+
+/// The owner's copy of what was signed, as it lies in the node's folder; the node need not run.
+fn receipts(context: &Context, dir: &Path, args: &ReceiptsArgs) -> Result<()> {
+    let files = NodeFiles::new(dir);
+    let (path, out) = (files.receipts(), context.out);
+    if args.path {
+        out.line(path.display().to_string());
+        return Ok(());
+    }
+    let mut newest = VecDeque::new();
+    for path in [files.receipts_older(), path.clone()] {
+        let file = match File::open(&path) {
+            Ok(file) => file,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => continue,
+            Err(error) => return Err(error).context(path.display().to_string()),
+        };
+        for line in BufReader::new(file).lines() {
+            let line = line.with_context(|| path.display().to_string())?;
+            // What a crash cut off is passed over here; the check against a ledger names it.
+            let bytes = BASE64_STANDARD.decode(&line).ok();
+            let receipt = bytes.and_then(|bytes: Vec<u8>| Signed::<Receipt>::open(&bytes).ok());
+            newest.extend(receipt);
+            if newest.len() > args.limit {
+                newest.pop_front();
+            }
+        }
+    }
+    let flags = |receipt: &Receipt| {
+        let flags: Vec<&str> = receipt.flags.iter().map(|flag| flag.as_str()).collect();
+        flags.join(" ")
+    };
+    if out.json {
+        for r in &newest {
+            out.json(&json!({
+                "receipt": r.id().to_string(), "scheduler": r.scheduler.to_string(), "job": r.job.0.to_string(),
+                "user_institution": r.user_institution.as_str(), "issued_at_ms": r.issued_at.0,
+                "observed_ms": r.observed.0, "billed_ms": r.billed.0, "microcredits": r.credits.0, "flags": flags(r),
+            }));
+        }
+        return Ok(());
+    }
+    if newest.is_empty() {
+        out.note(format!("no receipts yet; they will be in {}", path.display()));
+        return Ok(());
+    }
+    let mut table = Table::new(&[
+        ("TIME (UTC)", Column::Left),
+        ("RECEIPT", Column::Left),
+        ("FOR", Column::Cut),
+        ("BILLED", Column::Right),
+        ("CREDITS", Column::Right),
+        ("REMARKS", Column::Cut),
+    ]);
+    for r in &newest {
+        let id = r.id().to_string();
+        table.row(vec![
+            minute(r.issued_at.0),
+            id.get(..12).unwrap_or(&id).to_owned(),
+            r.user_institution.to_string(),
+            span(r.billed.0),
+            credits(r.credits.0),
+            flags(r),
+        ]);
+    }
+    out.table(&table);
+    out.note(format!("in {}", path.display()));
+    Ok(())
 }
 
 async fn bench(context: &Context, dir: PathBuf, args: BenchArgs) -> Result<()> {

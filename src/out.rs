@@ -342,10 +342,14 @@ pub(crate) fn count(n: u64) -> String {
 /// `1 part`, `3 parts`.
 pub(crate) fn plural(n: u64, noun: &str) -> String {
     if n == 1 {
-        format!("1 {noun}")
-    } else {
-        format!("{} {noun}s", count(n))
+        return format!("1 {noun}");
     }
+    let nouns = match noun.strip_suffix('y') {
+        Some(stem) if !noun.ends_with("ay") && !noun.ends_with("ey") => format!("{stem}ies"),
+        _ if noun.ends_with('s') => format!("{noun}es"),
+        _ => format!("{noun}s"),
+    };
+    format!("{} {nouns}", count(n))
 }
 
 /// A moment for tables, in UTC, to the minute.

@@ -10,15 +10,14 @@
 //! Start at [`FairShare::turn`].
 use crate::{
     id::Institution,
-    money::{Posting, PostingKind},
     prelude::*,
-    records::{Receipt, Signed},
-    unit::{Credits, Millis, Rate, UtcMillis},
+    records::Receipt,
+    unit::{Credits, DeviceMillis, Millis, Rate, UtcMillis},
 };
 use serde::{Deserialize, Serialize};
 
 /// The operator's constants.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Shares {
     /// After so long, use and contribution count half.
     pub half_life: Millis,
@@ -138,6 +137,21 @@ pub struct FairShare {
     running: BTreeMap<Institution, u64>,
 }
 
+/// Settled work, as far as sharing is concerned.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Work {
+    /// Whose users asked.
+    pub user: Institution,
+    /// Whose machine did it.
+    pub provider: Institution,
+    /// What it was paid.
+    pub credits: Credits,
+    /// For how long.
+    pub billed: DeviceMillis,
+    /// When.
+    pub at: UtcMillis,
+}
+
 /// An institution's place in the order. Smaller comes first.
 pub type Turn = u128;
 
@@ -165,6 +179,14 @@ impl FairShare {
         }
     }
 
+    /// Goes on with other constants. Histories that were counted with another half-life stay as they are.
+    pub(crate) fn set_shares(&mut self, shares: Shares) {
+        self.shares = Shares {
+            half_life: self.shares.half_life,
+            ..shares
+        };
+    }
+
     /// The constants.
     pub fn shares(&self) -> &Shares {
         &self.shares
@@ -189,44 +211,33 @@ impl FairShare {
         self.running = core::mem::take(&mut other.running);
     }
 
-    /// Counts the receipt of a posting, if it settles one.
-    pub fn note_posting(&mut self, posting: &Posting) {
-        if posting.kind != PostingKind::Settle {
-            return;
-        }
-        // The receipt is the last word of its evidence.
-        let receipts = posting.evidence.iter().rev();
-        if let Some(receipt) = receipts
-            .filter_map(|bytes| Signed::<Receipt>::open(bytes).ok())
-            .next()
-        {
-            self.note(&receipt);
-        }
-    }
-
-    /// What a receipt is worth: its credits, or for donated time what such time counts as.
-    pub fn worth(&self, receipt: &Receipt) -> Credits {
-        let time = self
-            .shares
-            .donated
-            .bill(receipt.billed)
-            .unwrap_or(Credits(u64::MAX));
-        receipt.credits.max(time)
+    /// What work is worth: its credits, or for donated time what such time counts as.
+    fn worth(&self, credits: Credits, billed: DeviceMillis) -> Credits {
+        let time = self.shares.donated.bill(billed).unwrap_or(Credits(u64::MAX));
+        credits.max(time)
     }
 
     /// Counts a receipt. Says whose histories changed.
     pub fn note(&mut self, receipt: &Receipt) -> Vec<(Institution, Account)> {
-        let worth = self.worth(receipt).0;
+        self.note_work(&Work {
+            user: receipt.user_institution.clone(),
+            provider: receipt.node_institution.clone(),
+            credits: receipt.credits,
+            billed: receipt.billed,
+            at: receipt.issued_at,
+        })
+    }
+
+    /// The same of what is known without the receipt.
+    pub fn note_work(&mut self, work: &Work) -> Vec<(Institution, Account)> {
+        let worth = self.worth(work.credits, work.billed).0;
         // Work for oneself neither uses nor gives.
-        if worth == 0 || receipt.user_institution == receipt.node_institution {
+        if worth == 0 || work.user == work.provider {
             return Vec::new();
         }
-        let (at, half_life) = (receipt.issued_at, self.shares.half_life);
+        let (at, half_life) = (work.at, self.shares.half_life);
         let mut changed = Vec::new();
-        for (institution, gives) in [
-            (&receipt.user_institution, false),
-            (&receipt.node_institution, true),
-        ] {
+        for (institution, gives) in [(&work.user, false), (&work.provider, true)] {
             if !self.accounts.contains_key(institution) && self.accounts.len() >= INSTITUTIONS_MAX {
                 continue;
             }
@@ -346,7 +357,6 @@ mod tests {
         id::{Digest, JobId},
         key::{NodeId, PublicKey, SchedulerId, UserId},
         market::tests::secret_of,
-        unit::DeviceMillis,
     };
     use proptest::prelude::*;
 

@@ -105,11 +105,13 @@ pub enum PostingKind {
     Limit,
     /// An institution was paid by another outside the ledger.
     Payment,
+    /// How institutions share from now on; nothing moves.
+    Floors,
 }
 
 impl PostingKind {
     /// Every kind, by its number in encoded entries.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 12] = [
         Self::Grant,
         Self::Reserve,
         Self::Settle,
@@ -121,6 +123,7 @@ impl PostingKind {
         Self::Rates,
         Self::Limit,
         Self::Payment,
+        Self::Floors,
     ];
 
     /// Its name.
@@ -137,6 +140,7 @@ impl PostingKind {
             Self::Rates => "rates",
             Self::Limit => "limit",
             Self::Payment => "payment",
+            Self::Floors => "floors",
         }
     }
 }

@@ -9,7 +9,7 @@
 //! records  = 0 evidence | 1 digest[32]
 //! evidence = count:u16 envelope*
 //! kind     = 0 grant | 1 reserve | 2 settle | 3 release | 4 accept | 5 dispute | 6 ruling | 7 expire | 8 rates
-//!          | 9 limit | 10 payment
+//!          | 9 limit | 10 payment | 11 floors
 //! leg      = account amount:i64
 //! account  = 0 (federation) | 1 user[32] (user) | 2 job[32] (escrow) | 3 len:u8 name (institution)
 //!          | 4 grant[32] (grant) | 5 receipt[32] (disputed)
@@ -401,6 +401,15 @@ fn hash_with(skeleton: &[u8], evidence: &Digest) -> Digest {
 
 /// The digest that takes the records' place.
 pub(crate) fn evidence_digest(evidence: &[Vec<u8>]) -> Digest {
+    static NONE: LazyLock<Digest> = LazyLock::new(|| digest_of(&[]));
+    if evidence.is_empty() {
+        *NONE
+    } else {
+        digest_of(evidence)
+    }
+}
+
+fn digest_of(evidence: &[Vec<u8>]) -> Digest {
     let mut section = Vec::with_capacity(2 + evidence.iter().map(|e| e.len() + 4).sum::<usize>());
     encode_evidence(&mut section, evidence);
     Digest(*derive(&EVIDENCE).update(&section).finalize().as_bytes())

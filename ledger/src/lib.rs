@@ -15,6 +15,7 @@ mod derived;
 pub mod evidence;
 pub mod export;
 pub mod head;
+pub mod held;
 #[doc(hidden)]
 pub mod inside;
 pub mod journal;
@@ -33,6 +34,7 @@ pub use book::{Book, BookError, Entry};
 pub use evidence::{EvidenceError, Examined, examine, examine_by};
 pub use export::{ExportError, Exporter, export};
 pub use head::{Head, Proof};
+pub use held::{Held, HeldError};
 pub use retention::{Forgotten, forget};
 pub use store::{StoreError, Tables};
 pub use verify::{Fault, FaultKind, Relation, Summary, VerifyOptions, compare, verify, verify_each};

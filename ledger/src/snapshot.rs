@@ -1,7 +1,7 @@
 //! The book as it stood after some entry, in a file beside the journal: opening then needs to understand only the entries since.
 //!
 //! ```text
-//! dir/book = "KZB1" state BLAKE3(state)
+//! dir/book = "KZB2" state BLAKE3(state)
 //! ```
 //!
 //! It is derived: a file that is missing, damaged, of another version or of another history is passed over, and the
@@ -26,7 +26,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-const MAGIC: &[u8] = b"KZB1";
+const MAGIC: &[u8] = b"KZB2";
 
 fn path(dir: &Path) -> PathBuf {
     dir.join("book")
@@ -132,6 +132,7 @@ pub(crate) fn encode(book: &Book) -> Option<Vec<u8>> {
         number(&mut out, at.0);
     }
     number(&mut out, u64::from(trail.rate_card));
+    number(&mut out, u64::from(trail.floors));
     Some(out)
 }
 
@@ -221,6 +222,7 @@ pub(crate) fn decode(state: &[u8]) -> Option<Book> {
         trail.limits.insert(institution, UtcMillis(from.number()?));
     }
     trail.rate_card = u32::try_from(from.number()?).ok()?;
+    trail.floors = u32::try_from(from.number()?).ok()?;
     from.0
         .is_done()
         .then(|| Book::restore(scheduler, accounts, head, tree, trail))

@@ -61,6 +61,10 @@ fn a_receipt_is_answered_once_by_its_user_in_its_window() {
         accept(&settled, 0, |a| a.issued_at = UtcMillis(late)),
         "could be answered until",
     );
+    // Dated in time, written down too late: its date is only its signer's word.
+    for posting in [accept(&settled, 0, |_| {}), dispute(&settled, 0, |_| {}).0] {
+        refused(&mut book, UtcMillis(late), posting, "could be answered until");
+    }
     let (mut less, _) = dispute(&settled, 0, |_| {});
     less.legs[0].1 += 1;
     less.legs[1].1 -= 1;
@@ -217,6 +221,10 @@ fn cards_follow_each_other_and_payments_count_once() {
     refused(&mut book, AT, rates(1), "does not follow");
     refused(&mut book, AT, rates(3), "does not follow");
     book.append(AT, rates(2)).unwrap();
+    refused(&mut book, AT, floors(2, 30), "does not follow");
+    book.append(AT, floors(1, 30)).unwrap();
+    refused(&mut book, AT, floors(1, 30), "does not follow");
+    refused(&mut book, AT, floors(2, 101), "the limit is 100");
     let (mut book, _) = settled_book();
     book.append(AT, payment("uni-1", "uni-0", 400, 1)).unwrap();
     refused(&mut book, AT, payment("uni-1", "uni-0", 400, 1), "posted before");

@@ -90,6 +90,16 @@ fn each_broken_record_is_refused_by_name() {
             },
             "a meter is lower",
         ),
+        (
+            "falling bytes",
+            |p| p.reading = Box::new(|r| r.meters.bytes_out.0 = u64::from(r.sequence == 0)),
+            "a meter is lower",
+        ),
+        (
+            "energy that falls silent",
+            |p| p.reading = Box::new(|r| r.meters.millijoules = (r.sequence < 2).then_some(5)),
+            "a meter is lower",
+        ),
         ("no readings", |p| p.readings = 0, "at least one reading"),
         (
             "usage of another lease",
@@ -168,6 +178,49 @@ fn each_broken_record_is_refused_by_name() {
             "over the observation",
             |p| p.receipt = Box::new(|r| r.observed = DeviceMillis(999)),
             "the observation says 999",
+        ),
+        (
+            "bills too little time",
+            |p| {
+                p.receipt = Box::new(|r| {
+                    r.billed.0 -= 1;
+                    r.credits.0 -= 1000
+                })
+            },
+            "bills 999 device-ms, but 1000 are due",
+        ),
+        (
+            "keeps quiet about a difference",
+            |p| {
+                p.device_ms = 50_000;
+                p.receipt = Box::new(|r| {
+                    r.observed.0 = 10_000;
+                    r.billed.0 = 10_000;
+                    r.credits.0 = 10_000_000
+                })
+            },
+            "lacks the remark longer-than-observed",
+        ),
+        (
+            "remarks on nothing",
+            |p| p.receipt = Box::new(|r| r.flags = vec![Flag::OverLease]),
+            "has the remark over-lease",
+        ),
+        (
+            "a failed part passes for a finished one",
+            |p| {
+                p.outcome = Outcome::Failed;
+                p.receipt = Box::new(|r| r.flags = Vec::new())
+            },
+            "lacks the remark not-done",
+        ),
+        (
+            "a failed part counts as work",
+            |p| {
+                p.outcome = Outcome::Failed;
+                p.receipt = Box::new(|r| r.billed.0 = 5)
+            },
+            "bills 5 device-ms for a part that did not finish",
         ),
         (
             "asks too much",

@@ -13,6 +13,7 @@ use crate::{
     config::{ConfigError, NodeConfig, SchedulerEntry},
     control::{self, ControlError, Request},
     probe::Found,
+    receipts::Receipts,
     runner::{Ended, Tools},
     server::{Seen, Served},
     session::{ArtifactAddrs, Link},
@@ -256,6 +257,8 @@ struct Daemon {
     pins: BTreeMap<LeaseKey, Vec<Pin>>,
     /// The shell's own changes, stored with the next batch.
     own: Vec<Op>,
+    /// What schedulers have signed for.
+    receipts: Receipts,
     offers: watch::Sender<Option<Arc<Vec<u8>>>>,
     sessions: JoinSet<()>,
     peer: Peer,

@@ -40,6 +40,14 @@ impl NodeFiles {
     pub fn socket(&self) -> PathBuf {
         self.dir.join("control.sock")
     }
+    /// What schedulers signed for the work done here.
+    pub fn receipts(&self) -> PathBuf {
+        self.dir.join("receipts")
+    }
+    /// The receipts of before, once there were many.
+    pub fn receipts_older(&self) -> PathBuf {
+        crate::receipts::older(&self.receipts())
+    }
     /// The last probe, so that the next start need not measure again.
     pub fn probe(&self) -> PathBuf {
         self.dir.join("probe.json")

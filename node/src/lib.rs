@@ -12,6 +12,7 @@
 //! | [`runner`] | one lease: input lines in, result lines out |
 //! | `trainer` | the owner's own trainer, where there is one |
 //! | `server` | a server of the owner's that runs already, fronted instead of own engines |
+//! | `receipts` | the owner's copy of what schedulers signed |
 //! | [`control`] | the owner's socket: status, open, pause, drain, reclaim |
 //!
 //! Not here: the engines and their sandbox (`karez-engine`), moving artifacts (`karez-net`), anything of a scheduler.
@@ -27,6 +28,7 @@ mod files;
 pub mod human;
 pub mod init;
 pub mod probe;
+mod receipts;
 pub mod runner;
 mod server;
 mod session;

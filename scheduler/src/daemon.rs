@@ -508,8 +508,8 @@ async fn recounted(mut controller: Controller, writer: &Writer) -> Result<Contro
     let entries = writer.entries(0);
     let counted = blocking(move || {
         let mut failed = None;
-        let postings = entries.map_while(|entry| entry.map_err(|error| failed = Some(error)).ok());
-        let changes = controller.recount(postings.map(|entry| entry.posting));
+        let entries = entries.map_while(|entry| entry.map_err(|error| failed = Some(error)).ok());
+        let changes = controller.recount(entries.filter_map(|entry| karez_ledger::report::work(&entry)));
         match failed {
             Some(error) => Err(error),
             None => Ok((controller, changes)),

@@ -16,8 +16,8 @@ use karez_core::{
     key::{PublicKey, UserId},
     money::Account,
     records::{
-        Acceptance, CreditLimit, Delegation, Dispute, Grant, Order, Payment, RateCard, Record, RecordError,
-        Role, Ruling, Signed, Verified, describe,
+        Acceptance, CreditLimit, Delegation, Dispute, Floors, Grant, Order, Payment, RateCard, Record,
+        RecordError, Role, Ruling, Signed, Verified, describe,
     },
     translate::{self, TranslateError, clean},
 };
@@ -652,6 +652,7 @@ impl Control for Service {
                     )
                     .collect(),
                 rates: c.rate_card().map(Record::to_wire),
+                floors: Some(c.floors().to_wire()),
             }
         });
         Ok(Response::new(reply.await))
@@ -709,6 +710,7 @@ fn filed(records: &[Vec<u8>]) -> Result<Filed, RecordError> {
         (Some(Ruling::TYPE), [last]) => Filed::Ruling(Signed::open(last)?),
         (Some(Grant::TYPE), [last]) => Filed::Grant(Signed::open(last)?),
         (Some(RateCard::TYPE), [last]) => Filed::Rates(Signed::open(last)?),
+        (Some(Floors::TYPE), [last]) => Filed::Floors(Signed::open(last)?),
         (Some(CreditLimit::TYPE), [last]) => Filed::Limit(Signed::open(last)?),
         (Some(Payment::TYPE), [last]) => Filed::Payment(Signed::open(last)?),
         (kind, _) => {

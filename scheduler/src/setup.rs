@@ -353,7 +353,7 @@ credits = "{budget}"
 # watts = {{ cuda = 400, cpu = 15 }}
 # grid.KE = {{ price = "0.2", grams = 100 }}   # of a kilowatt-hour; the price counts where capacity is free
 
-[fair]                        # whose turn it is when not all can run
+[fair]                        # whose turn it is, until `karez ledger floors` promises it in the books
 # half_life = "7d"            # after so long, use and contribution count half
 # donated = "0.1"             # what an hour of a donated device counts as
 # floor_percent = 50          # of everything, the same for all; the rest by contribution

@@ -349,7 +349,7 @@ impl World {
         let epoch = self.nodes[n].epoch;
         let rough = self.setup.faults_per_minute > 0 && !self.calm;
         match effect {
-            Effect::Persist(_) | Effect::Forget { .. } => {}
+            Effect::Persist(_) | Effect::Keep(_) | Effect::Forget { .. } => {}
             Effect::Log(line) => self.note(|| format!("node {n} logs: {line}")),
             Effect::Send(_, ToScheduler::Finished(_)) if self.sabotaged(Sabotage::DropFinished) => {}
             Effect::Send(to, message) => {
@@ -493,6 +493,7 @@ impl World {
             counted: Counted::Engine,
             cpu: Millis(span),
             memory_peak: Bytes(1 << 28),
+            memory_byte_seconds: None,
             tokens_in: tokens / 2,
             tokens_out: tokens - tokens / 2,
             tokens_cached: 0,
@@ -639,6 +640,7 @@ fn share(of: &WorkerMeters, part: u64, whole: u64) -> WorkerMeters {
         counted: of.counted,
         cpu: Millis(cut(of.cpu.0)),
         memory_peak: of.memory_peak,
+        memory_byte_seconds: None,
         tokens_in: cut(of.tokens_in),
         tokens_out: cut(of.tokens_out),
         tokens_cached: 0,

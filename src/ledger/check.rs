@@ -1,5 +1,5 @@
 //! `karez ledger verify`: files and public keys, and nobody's word.
-use super::VerifyArgs;
+use super::{VerifyArgs, short_account};
 use crate::{
     cli::Context,
     fault::{Kind, fault},
@@ -9,9 +9,10 @@ use crate::{
 use anyhow::{Context as _, Result};
 use karez_core::key::SchedulerId;
 use karez_ledger::{
-    Fault, FaultKind, Head, Proof, Relation, Summary, VerifyOptions, compare,
+    Fault, FaultKind, Head, Held, Proof, Relation, Summary, VerifyOptions, compare,
     head::{self, read_heads},
-    verify,
+    held::HeldSummary,
+    verify, verify_each,
 };
 use serde_json::{Value, json};
 use std::{
@@ -49,16 +50,52 @@ pub(super) fn command(context: &Context, args: &VerifyArgs) -> Result<()> {
     if begin.starts_with(PROOF) {
         return check_proof(context, &name, &mut reader, &keys);
     }
-    let verified = verify(&mut reader, &options);
+    let mut held = Held::default();
+    for path in &args.receipts {
+        let name = name_of(path);
+        let read = held.read(&mut open(path)?);
+        read.map_err(|e| fault(Kind::NotVerified, format!("{name}: {e}")))?;
+    }
+    let verified = verify_each(&mut reader, &options, &mut |entry| {
+        held.see(entry);
+        Ok(())
+    });
+    if let Err(found) = &verified {
+        show_heads(out, found);
+    }
     if let Some(other) = &args.against {
-        against(&args.file, other, &keys, &verified)?;
+        against(out, &args.file, other, &keys, &verified)?;
     }
     let summary = verified.map_err(|found| fault(Kind::NotVerified, format!("{name}: {found}")))?;
+    let held = (!args.receipts.is_empty()).then(|| held.finish(&summary));
+    if let Some(held) = &held {
+        lacks_none(&name, held)?;
+    }
     if out.json {
-        out.json(&summary_json(&summary));
+        let mut json = summary_json(&summary);
+        if let Some(held) = &held {
+            json["receipts_found"] = json!(held.found);
+            json["receipts_later"] = json!(held.later);
+        }
+        out.json(&json);
         return Ok(());
     }
     print_summary(out, &summary);
+    if let Some(held) = &held {
+        out.line(format!(
+            "has all {} that were given, over {} credits",
+            plural(held.found, "receipt"),
+            credits(held.credits.0)
+        ));
+        for (n, what) in [
+            (held.later, "later than this export"),
+            (held.others, "of other schedulers"),
+        ] {
+            if n > 0 {
+                out.note(format!("{} more: {what}", count(n)));
+            }
+        }
+    }
     if given > 0 {
         let unused = given - summary.heads;
         let others = match unused {
@@ -123,8 +160,53 @@ fn heads_of(path: &Path) -> Result<Vec<Head>> {
         .map_err(|(number, error)| fault(Kind::NotVerified, format!("{name}: head {number}: {error}")))
 }
 
+/// The signed heads that a fault is about, as they can be passed on: an error has one line.
+fn show_heads(out: &Out, found: &Fault) {
+    if out.json {
+        return;
+    }
+    match &*found.kind {
+        FaultKind::Tail { published, .. } => out.raw(published.to_string().as_bytes()),
+        FaultKind::Fork {
+            published, computed, ..
+        } => {
+            out.line("published:");
+            out.raw(published.to_string().as_bytes());
+            out.line("and from this file:");
+            out.line(head::origin(published.scheduler));
+            out.line(published.size.to_string());
+            out.line(computed.to_string());
+        }
+        _ => {}
+    }
+}
+
+/// Fails when receipts were signed for that are not in the ledger.
+fn lacks_none(name: &str, held: &HeldSummary) -> Result<()> {
+    let Some(first) = held.missing.first() else {
+        return Ok(());
+    };
+    let lost = held
+        .missing
+        .iter()
+        .fold(0, |sum: u64, r| sum.saturating_add(r.credits.0));
+    Err(fault(
+        Kind::NotVerified,
+        format!(
+            "{name} lacks {} over {} credits that its scheduler signed: the first is {} of {} over {} credits for {}",
+            plural(held.missing.len() as u64, "receipt"),
+            credits(lost),
+            first.id,
+            moment(first.issued_at.0),
+            credits(first.credits.0),
+            first.institution
+        ),
+    ))
+}
+
 /// Fails when the two copies part, or when this one lacks entries.
 fn against(
+    out: &Out,
     ours: &Path,
     theirs: &Path,
     keys: &[SchedulerId],
@@ -157,7 +239,7 @@ fn against(
         Ok(Relation::Same | Relation::Longer { .. }) => Ok(()),
         Ok(Relation::Shorter { entry, hash, missing }) => bad(format!(
             "{name} lacks its tail: {} from entry {entry} (hash {hash}) to entry {} stand in {other}",
-            plural(missing, "entry").replace("entrys", "entries"),
+            plural(missing, "entry"),
             entry + missing - 1
         )),
         Ok(Relation::Fork {
@@ -168,12 +250,19 @@ fn against(
             our_head,
             their_head,
         }) => {
-            let head = |head: Option<Box<Head>>| head.map_or("(no signed head)\n".into(), |h| h.to_string());
+            let mut heads = String::new();
+            for (of, head) in [(&name, our_head), (&other, their_head)] {
+                match head {
+                    Some(head) if out.json => heads += &format!("; {of} ends with {head}"),
+                    Some(head) => {
+                        out.line(format!("signed at the end of {of}:"));
+                        out.raw(head.to_string().as_bytes());
+                    }
+                    None => {}
+                }
+            }
             bad(format!(
-                "a fork at entry {entry}: {name} has hash {ours}, {other} has {theirs}; before it both have the \
-                 root {common}. Their signed heads are\n{}and\n{}",
-                head(our_head),
-                head(their_head)
+                "a fork at entry {entry}: {name} has hash {ours}, {other} has {theirs}; before it both have the root {common}{heads}"
             ))
         }
     }
@@ -217,33 +306,32 @@ fn check_proof(context: &Context, name: &str, reader: &mut dyn io::Read, keys: &
         return Ok(());
     }
     out.line(format!(
-        "verified: entry {} ({}, {}) is in the ledger of {scheduler}",
+        "verified: entry {} ({}, {}) is in the ledger of",
         proof.index,
         entry.posting.kind.as_str(),
         moment(entry.at.0)
     ));
-    out.line(format!(
-        "under its head of {} entries, root {}",
-        proof.head.size, proof.head.root
-    ));
+    out.line(format!("scheduler {scheduler}"));
+    out.line(format!("under its head of {} entries", proof.head.size));
+    out.line(format!("tree root {}", proof.head.root));
     for (account, amount) in &entry.posting.legs {
+        let account = short_account(&account.to_string());
         out.line(format!("  {} {account}", crate::out::signed_credits(*amount)));
     }
     for (kind, id) in &records {
-        out.line(format!("  {kind} {id}"));
+        let kind = kind.strip_prefix("karez.").unwrap_or(kind);
+        out.line(format!("  {} {id}", kind.strip_suffix(".v1").unwrap_or(kind)));
     }
     if let Some(digest) = entry.dropped {
-        out.line(format!("  its records were dropped; their digest is {digest}"));
+        out.line("  its records were dropped; their digest is");
+        out.line(format!("  {digest}"));
     }
     match witnesses.len() {
         0 => out.note(format!(
             "no witness has cosigned the head; its log is {}",
             head::origin(scheduler)
         )),
-        n => out.line(format!(
-            "cosigned by {}",
-            plural(n as u64, "witness").replace("witnesss", "witnesses")
-        )),
+        n => out.line(format!("cosigned by {}", plural(n as u64, "witness"))),
     }
     Ok(())
 }
@@ -263,13 +351,13 @@ pub(crate) fn check(from: &mut dyn io::BufRead, keys: Vec<SchedulerId>) -> Resul
 pub(crate) fn print_summary(out: &Out, s: &Summary) {
     out.line(format!(
         "verified: {} with {} signed records, chain, balances and signatures hold",
-        plural(s.entries, "entry").replace("entrys", "entries"),
+        plural(s.entries, "entry"),
         count(s.records)
     ));
     if s.dropped > 0 {
         out.line(format!(
             "{} had their records dropped: their signatures cannot be checked any more",
-            plural(s.dropped, "entry").replace("entrys", "entries")
+            plural(s.dropped, "entry")
         ));
     }
     out.line(format!("scheduler {}", s.scheduler));

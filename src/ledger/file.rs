@@ -3,17 +3,18 @@ use crate::{
     cli::Context,
     fault::{Kind, fault},
     link::{self, Link, call},
-    out::{Column, Table, credits, moment, rate},
+    out::{Column, Table, credits, moment, rate, span},
     view,
 };
 use anyhow::{Context as _, Result};
 use clap::Args;
 use karez_core::{
+    fair::Shares,
     id::{Digest, Institution},
     key::{PublicKey, UserId},
     records::{
-        Acceptance, Beneficiary, CreditLimit, Dispute, Grant, Lease, Payment, RateCard, Receipt, Record,
-        Ruling, Signed, Verified, WorkKind,
+        Acceptance, Beneficiary, CreditLimit, Dispute, Floors, Grant, Lease, Payment, RateCard, Receipt,
+        Record, Ruling, Signed, Verified, WorkKind,
     },
     unit::{Credits, Millis, Rate, UtcMillis},
 };
@@ -50,8 +51,8 @@ pub(super) struct DisputeArgs {
 
 #[derive(Debug, Args)]
 pub(super) struct RuleArgs {
-    /// The disputed receipt
-    receipt: Digest,
+    /// The disputed receipt; the beginning that `karez ledger disputes` shows will do
+    receipt: String,
     /// What the researcher gets back; the rest goes to the institution
     #[arg(long, value_name = "CREDITS")]
     refund: Credits,
@@ -91,6 +92,24 @@ pub(super) struct RatesArgs {
     /// Set new rates: start of a device class and credits per device-hour
     #[arg(long, value_name = "DEVICE=CREDITS")]
     set: Vec<String>,
+    #[command(flatten)]
+    operator: Operator,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct FloorsArgs {
+    /// The part of everything that is the same for all, in percent
+    #[arg(long, value_name = "PERCENT", value_parser = clap::value_parser!(u32).range(0..=100))]
+    floor: Option<u32>,
+    /// After so long, use and contribution count half
+    #[arg(long, value_name = "TIME", value_parser = crate::options::span)]
+    half_life: Option<Millis>,
+    /// Credits that an hour of a donated device counts as
+    #[arg(long, value_name = "CREDITS")]
+    donated: Option<Credits>,
+    /// Extra weight of an institution, in percent of an equal share; 0 takes it away
+    #[arg(long, value_name = "NAME=PERCENT", value_parser = super::report::extra)]
+    extra: Vec<(Institution, u32)>,
     #[command(flatten)]
     operator: Operator,
 }
@@ -138,7 +157,15 @@ async fn operator(context: &Context, operator: &Operator) -> Result<Link> {
     let dir = match &operator.scheduler {
         Some(dir) => dir.clone(),
         None if local.is_dir() => local,
-        None => return link::open(&context.home).await,
+        None => {
+            let link = link::open(&context.home).await?;
+            if link.user().0 == link.config.scheduler.0 {
+                return Ok(link);
+            }
+            let why =
+                "only the scheduler's operator may do this: say where its folder is with --scheduler DIR";
+            return Err(fault(Kind::NotAdmitted, why));
+        }
     };
     let name = dir.display().to_string();
     let secret = karez_scheduler::setup::load_key(&dir).with_context(|| name.clone())?;
@@ -163,8 +190,9 @@ async fn file(context: &Context, link: &mut Link, records: Vec<Vec<u8>>, done: &
     if out.json {
         out.json(&json!({"record": record, "entry": reply.entry}));
     } else {
-        out.line(format!("{done}: entry {}, record {record}", reply.entry));
-        out.note(format!("next: `karez ledger prove {record}`"));
+        out.line(format!("{done}: entry {}", reply.entry));
+        out.line(format!("record {record}"));
+        out.note(format!("next: `karez ledger prove {}`", reply.entry));
     }
     Ok(())
 }
@@ -225,17 +253,20 @@ pub(super) async fn dispute(context: &Context, args: &DisputeArgs) -> Result<()>
 pub(super) async fn rule(context: &Context, args: &RuleArgs) -> Result<()> {
     let mut link = operator(context, &args.operator).await?;
     let books = call(link.client.books(wire::BooksRequest {})).await?;
-    let open = books.disputes.iter().find(|d| d.receipt == args.receipt.0);
-    let Some(open) = open else {
+    let begins = |d: &&wire::DisputeView| {
+        args.receipt.len() >= 8 && view::hex(&d.receipt).starts_with(&args.receipt.to_lowercase())
+    };
+    let mut open = books.disputes.iter().filter(begins);
+    let (Some(open), None) = (open.next(), open.next()) else {
         let why = format!(
-            "no dispute over receipt {} is open: `karez ledger disputes` lists them",
-            args.receipt
+            "no dispute over just this receipt is open: {}; `karez ledger disputes` lists them, and 8 hex digits are enough",
+            args.receipt.chars().take(64).collect::<String>()
         );
         return Err(fault(Kind::NotFound, why));
     };
     let ruling = Ruling {
         dispute: Digest::try_from(open.dispute.as_slice())?,
-        receipt: args.receipt,
+        receipt: Digest::try_from(open.receipt.as_slice())?,
         scheduler: link.config.scheduler,
         refund: args.refund,
         reason: args.because.clone(),
@@ -267,8 +298,9 @@ pub(super) async fn disputes(context: &Context, args: &Operator) -> Result<()> {
         ("FROZEN", Column::Right),
     ]);
     for d in &books.disputes {
+        let receipt = view::hex(&d.receipt);
         table.row(vec![
-            view::hex(&d.receipt),
+            receipt.get(..16).unwrap_or(&receipt).to_owned(),
             d.institution.clone(),
             credits(d.credits),
         ]);
@@ -410,6 +442,92 @@ pub(super) async fn rates(context: &Context, args: &RatesArgs) -> Result<()> {
     };
     let records = vec![Signed::sign(card, &link.secret).encode()];
     file(context, &mut link, records, "rates set").await
+}
+
+pub(super) async fn floors(context: &Context, args: &FloorsArgs) -> Result<()> {
+    let asks =
+        args.floor.is_some() || args.half_life.is_some() || args.donated.is_some() || !args.extra.is_empty();
+    let mut link = match asks {
+        true => operator(context, &args.operator).await?,
+        false => link::open(&context.home).await?,
+    };
+    let reply = call(link.client.books(wire::BooksRequest {})).await?;
+    let now_in_force = reply.floors.unwrap_or_default();
+    let version = now_in_force.version;
+    let issued_at = now_in_force.issued_at;
+    // What nobody signed yet has version 0, which no record may have.
+    let read = Floors::from_wire(wire_of(now_in_force));
+    let shares = read
+        .map_err(|e| fault(Kind::NotVerified, format!("the scheduler's answer: {e}")))?
+        .shares;
+    if !asks {
+        show_floors(context, version, issued_at, &shares);
+        return Ok(());
+    }
+    let mut grants_percent = shares.grants_percent;
+    grants_percent.extend(args.extra.iter().cloned());
+    grants_percent.retain(|_, percent| *percent > 0);
+    let floors = Floors {
+        scheduler: link.config.scheduler,
+        version: version + 1,
+        shares: Shares {
+            half_life: args.half_life.unwrap_or(shares.half_life),
+            donated: args.donated.map_or(shares.donated, |credits| Rate(credits.0)),
+            floor_percent: args.floor.unwrap_or(shares.floor_percent),
+            grants_percent,
+        },
+        issued_at: now(),
+    };
+    if floors.shares.half_life != shares.half_life {
+        context
+            .out
+            .warn("another half-life counts from the scheduler's next start on");
+    }
+    let records = vec![Signed::sign(floors, &link.secret).encode()];
+    file(context, &mut link, records, "floors set").await
+}
+
+fn wire_of(floors: karez_proto::records::Floors) -> karez_proto::records::Floors {
+    karez_proto::records::Floors {
+        version: floors.version.max(1),
+        ..floors
+    }
+}
+
+fn show_floors(context: &Context, version: u32, issued_at: u64, shares: &Shares) {
+    let out = context.out;
+    if out.json {
+        let extra: serde_json::Map<String, serde_json::Value> = shares
+            .grants_percent
+            .iter()
+            .map(|(name, percent)| (name.to_string(), json!(percent)))
+            .collect();
+        out.json(&json!({
+            "version": version, "issued_at_ms": issued_at, "floor_percent": shares.floor_percent,
+            "half_life_ms": shares.half_life.0, "donated_microcredits_per_hour": shares.donated.0,
+            "extra_percent": extra,
+        }));
+        return;
+    }
+    out.line(match version {
+        0 => "as the scheduler's settings say; nobody has signed it".to_owned(),
+        n => format!("version {n}, signed {}", moment(issued_at)),
+    });
+    out.line(format!(
+        "{} % of everything is the same for all, the rest goes by contribution",
+        shares.floor_percent
+    ));
+    out.line(format!(
+        "use and contribution count half after {}",
+        span(shares.half_life.0)
+    ));
+    out.line(format!(
+        "an hour of a donated device counts as {} credits",
+        credits(shares.donated.0)
+    ));
+    for (name, percent) in &shares.grants_percent {
+        out.line(format!("{name} has {percent} % of an equal share on top"));
+    }
 }
 
 pub(super) async fn limit(context: &Context, args: &LimitArgs) -> Result<()> {

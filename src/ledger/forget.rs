@@ -50,7 +50,7 @@ pub(super) fn forget(context: &Context, args: &ForgetArgs) -> Result<()> {
     out.line(format!(
         "{}: the records of {} are gone ({})",
         books.display(),
-        plural(done.entries, "entry").replace("entrys", "entries"),
+        plural(done.entries, "entry"),
         crate::out::size(done.bytes)
     ));
     if done.kept > 0 {

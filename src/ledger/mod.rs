@@ -74,6 +74,7 @@ Example:
 Examples:
   karez ledger verify ledger.jsonl
   karez ledger verify ledger.jsonl --heads heads --against theirs.jsonl
+  karez ledger verify ledger.jsonl --receipts ~/.karez/node/receipts
   karez ledger verify receipt.tlog-proof --key KEY")]
     Verify(VerifyArgs),
     /// One institution's month as a signed text or CSV
@@ -124,6 +125,9 @@ Example:
     /// The standard rates; operator: set them
     #[command(after_help = "Example:\n  karez ledger rates --set cpu=0.05 --set cuda=1")]
     Rates(file::RatesArgs),
+    /// How institutions share the network; operator: promise it
+    #[command(after_help = "Example:\n  karez ledger floors --floor 40 --extra uni-nairobi=50")]
+    Floors(file::FloorsArgs),
     /// Operator: how far an institution's account may go under zero
     #[command(after_help = "Example:\n  karez ledger limit uni-nairobi 50")]
     Limit(file::LimitArgs),
@@ -179,6 +183,9 @@ struct VerifyArgs {
     /// Signed tree heads that were published: the ledger must fit each of them
     #[arg(long, value_name = "FILE")]
     heads: Option<PathBuf>,
+    /// Receipts that a node was given (`karez node receipts` says where): each must be in the ledger
+    #[arg(long, value_name = "FILE")]
+    receipts: Vec<PathBuf>,
     /// The scheduler whose ledger this must be [default: the one of this home, else any]
     #[arg(long, value_name = "KEY")]
     key: Vec<SchedulerId>,
@@ -206,6 +213,7 @@ pub(crate) async fn run(context: &Context, args: LedgerArgs) -> Result<()> {
         LedgerCommand::Grant(args) => file::grant(context, &args).await,
         LedgerCommand::Grants => file::grants(context).await,
         LedgerCommand::Rates(args) => file::rates(context, &args).await,
+        LedgerCommand::Floors(args) => file::floors(context, &args).await,
         LedgerCommand::Limit(args) => file::limit(context, &args).await,
         LedgerCommand::Forget(args) => forget::forget(context, &args),
         LedgerCommand::Pay(args) => file::pay(context, &args).await,
@@ -244,7 +252,9 @@ pub(crate) async fn balance(context: &Context, args: BalanceArgs) -> Result<()> 
 /// Keys and ids in account names cut to what people compare.
 fn short_account(name: &str) -> String {
     match name.split_once(':') {
-        Some((kind @ ("user" | "escrow"), id)) => format!("{kind}:{}", id.get(..12).unwrap_or(id)),
+        Some((kind @ ("user" | "escrow" | "grant" | "disputed"), id)) => {
+            format!("{kind}:{}", id.get(..12).unwrap_or(id))
+        }
         _ => name.to_owned(),
     }
 }

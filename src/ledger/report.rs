@@ -19,7 +19,10 @@ use karez_core::{
 use karez_ledger::{
     Entry, Summary,
     note::Note,
-    report::{Form, FormWriter, Month, Pseudonyms, Standing, StandingBuilder, Statement, StatementBuilder},
+    report::{
+        Form, FormWriter, Month, Pseudonyms, Standing, StandingBuilder, Statement, StatementBuilder, floors,
+        work,
+    },
     verify_each,
 };
 use serde_json::json;
@@ -154,7 +157,16 @@ pub(super) async fn statement(context: &Context, args: &StatementArgs) -> Result
         out.raw(statement.csv().as_bytes());
         return Ok(());
     }
-    let note = statement.sign(&context.home.key()?).to_string();
+    let Some(key) = context.home.key_if_any()? else {
+        out.warn("there is no key here, so nobody signs this");
+        if out.json {
+            out.json(&json!({"institution": statement.institution.as_str(), "month": statement.month.to_string(), "csv": statement.csv()}));
+        } else {
+            out.raw(statement.text().as_bytes());
+        }
+        return Ok(());
+    };
+    let note = statement.sign(&key).to_string();
     if out.json {
         out.json(&json!({
             "institution": statement.institution.as_str(), "month": statement.month.to_string(), "note": note,
@@ -233,6 +245,13 @@ fn print_netting(context: &Context, standing: &Standing) {
         }
         return;
     }
+    // The table has room for hundredths; --json has every digit.
+    let credits = |micro: i128| {
+        let hundredths = (micro.unsigned_abs() + 5_000) / 10_000;
+        let sign = if micro < 0 && hundredths > 0 { "-" } else { "" };
+        format!("{sign}{}.{:02}", hundredths / 100, hundredths % 100)
+    };
+    let near = |micro: u64| credits(i128::from(micro));
     out.line(format!(
         "net of lending and use among institutions, {}",
         moment(at.0)
@@ -253,11 +272,11 @@ fn print_netting(context: &Context, standing: &Standing) {
             name.to_string(),
             credits(net),
             credits(accounts.balance(&Account::Institution(name.clone())).into()),
-            owed(accounts.limit(name).0),
-            owed(age.current),
-            owed(age.over_30),
-            owed(age.over_60),
-            owed(age.over_90),
+            near(accounts.limit(name).0),
+            near(age.current),
+            near(age.over_30),
+            near(age.over_60),
+            near(age.over_90),
         ]);
     }
     out.table(&table);
@@ -267,27 +286,25 @@ fn print_netting(context: &Context, standing: &Standing) {
 }
 
 /// `karez ledger shares`.
-// What stands in brackets are tables of `scheduler.toml`, as the help prints them.
-#[allow(rustdoc::broken_intra_doc_links)]
 #[derive(Debug, Args)]
 pub(super) struct SharesArgs {
-    /// The half-life to count with: that of the scheduler's [fair] half_life
-    #[arg(long, value_name = "TIME", default_value = "7days", value_parser = crate::options::span)]
-    half_life: Millis,
-    /// Credits that an hour of a donated device counts as: [fair] donated
-    #[arg(long, value_name = "CREDITS", default_value = "0.1")]
-    donated: Credits,
-    /// The part that is the same for all, in percent: [fair] floor_percent
-    #[arg(long, value_name = "PERCENT", default_value_t = 50, value_parser = clap::value_parser!(u32).range(0..=100))]
-    floor: u32,
-    /// Extra weight of an institution, in percent of an equal share: [fair.grants]
-    #[arg(long = "grant", value_name = "NAME=PERCENT", value_parser = grant)]
+    /// Another half-life than the ledger's floors say [default: theirs, else 7days]
+    #[arg(long, value_name = "TIME", value_parser = crate::options::span)]
+    half_life: Option<Millis>,
+    /// Credits that an hour of a donated device counts as [default: the same, else 0.1]
+    #[arg(long, value_name = "CREDITS")]
+    donated: Option<Credits>,
+    /// The part that is the same for all, in percent [default: the same, else 50]
+    #[arg(long, value_name = "PERCENT", value_parser = clap::value_parser!(u32).range(0..=100))]
+    floor: Option<u32>,
+    /// Extra weight of an institution, in percent of an equal share
+    #[arg(long = "grant", value_name = "NAME=PERCENT", value_parser = extra)]
     grants: Vec<(Institution, u32)>,
     #[command(flatten)]
     source: Source,
 }
 
-fn grant(text: &str) -> Result<(Institution, u32), String> {
+pub(super) fn extra(text: &str) -> Result<(Institution, u32), String> {
     let (name, percent) = text
         .split_once('=')
         .ok_or_else(|| format!("{text:?} is not NAME=PERCENT, like uni-nairobi=50"))?;
@@ -300,17 +317,24 @@ fn grant(text: &str) -> Result<(Institution, u32), String> {
 }
 
 pub(super) async fn shares(context: &Context, args: &SharesArgs) -> Result<()> {
-    let mut fair = FairShare::new(Shares {
-        half_life: args.half_life,
-        donated: Rate(args.donated.0),
-        floor_percent: args.floor,
-        grants_percent: args.grants.iter().cloned().collect(),
-    });
+    // The floors that count are those in force at the end; until then only what they need is kept of each settlement.
+    let (mut works, mut promised) = (Vec::new(), None);
     let summary = walk(context, &args.source, &mut |entry| {
-        fair.note_posting(&entry.posting);
+        works.extend(work(entry));
+        promised = floors(&entry.posting).or(promised.take());
         Ok(())
     })
     .await?;
+    let signed = promised.as_ref().map(|floors| floors.version);
+    let mut shares = promised.map_or_else(Shares::default, |floors| floors.shares);
+    shares.half_life = args.half_life.unwrap_or(shares.half_life);
+    shares.donated = args.donated.map_or(shares.donated, |credits| Rate(credits.0));
+    shares.floor_percent = args.floor.unwrap_or(shares.floor_percent);
+    shares.grants_percent.extend(args.grants.iter().cloned());
+    let mut fair = FairShare::new(shares);
+    for work in &works {
+        fair.note_work(work);
+    }
     let at = summary.created;
     let out = context.out;
     let standings = fair.standings(at);
@@ -323,8 +347,12 @@ pub(super) async fn shares(context: &Context, args: &SharesArgs) -> Result<()> {
         }
         return Ok(());
     }
+    let by = match signed {
+        Some(version) => format!("by floors of version {version}"),
+        None => "nobody has signed floors".into(),
+    };
     out.line(format!(
-        "what each institution used of others and gave to others, {}",
+        "used of others and given to others, {}; {by}",
         moment(at.0)
     ));
     let mut table = Table::new(&[
@@ -349,7 +377,17 @@ pub(super) async fn shares(context: &Context, args: &SharesArgs) -> Result<()> {
 
 pub(super) async fn usage(context: &Context, args: &UsageArgs) -> Result<()> {
     // The secret of these names is the home's own: the same user has the same name in the next export of a month.
-    let names = Pseudonyms::new(context.home.key()?.as_bytes());
+    let names = match context.home.key_if_any()? {
+        Some(key) => Pseudonyms::new(key.as_bytes()),
+        None => {
+            let mut secret = [0; 32];
+            getrandom::fill(&mut secret).map_err(|e| anyhow::anyhow!("no randomness: {e}"))?;
+            context
+                .out
+                .warn("there is no key here, so users have names that are of this file alone");
+            Pseudonyms::new(&secret)
+        }
+    };
     let stdout = args.output.as_os_str() == "-";
     let name = args.output.display().to_string();
     let out = context.out;

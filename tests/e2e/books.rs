@@ -122,6 +122,7 @@ fn receipts_are_answered_and_the_month_is_stated_netted_and_exported() {
     let net = Federation::up();
     let month = Month::of(now()).to_string();
     net.operate(&["ledger", "rates", "--set", "cpu=0.5"]).ok();
+    floors(&net);
     let (first, paid_first) = net.receipt();
     let (second, paid) = net.receipt();
     assert_eq!(
@@ -179,8 +180,14 @@ fn receipts_are_answered_and_the_month_is_stated_netted_and_exported() {
     net.run("researcher", &["ledger", "prove", &second, "-o", &proof])
         .ok();
     let proven = net.run("nobody", &["ledger", "verify", &proof]).ok();
-    assert!(proven.out.contains("karez.receipt.v1"), "{proven:?}");
+    assert!(proven.out.contains("\n  receipt "), "{proven:?}");
 
+    let shares = net
+        .run("nobody", &["ledger", "shares", "--file", &books])
+        .ok()
+        .out;
+    assert!(shares.contains("by floors of version 2"), "{shares}");
+    held(&net, &books, [&first, &second]);
     statements(&net, &books, &month, paid_first + paid, refund);
     let netting = net.run(
         "nobody-2",
@@ -199,6 +206,44 @@ fn receipts_are_answered_and_the_month_is_stated_netted_and_exported() {
     );
     forms(&net, &books, &month);
     cut(&net, &books);
+}
+
+/// How institutions share is promised by the operator alone, in the ledger, version after version.
+fn floors(net: &Federation) {
+    let unsigned = net.run("researcher", &["ledger", "floors"]).ok().out;
+    assert!(unsigned.contains("nobody has signed"), "{unsigned}");
+    let set = ["ledger", "floors", "--floor", "40", "--extra", "uni-nairobi=50"];
+    assert_ne!(net.run("researcher", &set).code, 0);
+    net.operate(&set).ok();
+    net.operate(&["ledger", "floors", "--donated", "0.2"]).ok();
+    let now = net.run("researcher", &["ledger", "floors", "--json"]).ok().json();
+    assert_eq!(
+        (&now["version"], &now["floor_percent"]),
+        (&2.into(), &40.into()),
+        "{now}"
+    );
+    assert_eq!(now["donated_microcredits_per_hour"], 200_000, "{now}");
+    assert_eq!(now["extra_percent"]["uni-nairobi"], 50, "{now}");
+}
+
+/// The node kept what the scheduler signed, and anybody can hold it against the ledger.
+fn held(net: &Federation, books: &str, receipts: [&str; 2]) {
+    let listed = net.run("university", &["node", "receipts", "--json"]).ok().out;
+    assert_eq!(listed.lines().count(), 2, "{listed}");
+    assert!(receipts.iter().all(|id| listed.contains(id)), "{listed}");
+    let path = net.run("university", &["node", "receipts", "--path"]).ok().out;
+    let path = path.trim();
+    let whole = net
+        .run("nobody", &["ledger", "verify", books, "--receipts", path])
+        .ok()
+        .out;
+    assert!(whole.contains("has all 2 receipts"), "{whole}");
+    // One character of one receipt: its line is named.
+    let bad = net.text("bad-receipts");
+    let text = fs::read_to_string(path).unwrap();
+    fs::write(&bad, text.replacen('A', "B", 1)).unwrap();
+    net.run("nobody", &["ledger", "verify", books, "--receipts", &bad])
+        .refused(9, &["line"]);
 }
 
 /// The same statement from the network and from a file, by anyone; signed, compared, as text and as CSV.
@@ -478,4 +523,47 @@ fn the_operator_drops_what_is_long_over() {
     fs::write(&file, proof).unwrap();
     let proven = net.run("nobody", &["ledger", "verify", &file]).ok().out;
     assert!(proven.contains("its records were dropped"), "{proven}");
+}
+
+/// A balance for ten jobs, and many more processes that ask at the same time: exactly ten are taken.
+#[test]
+fn many_at_once_on_a_balance_for_ten_are_exactly_ten() {
+    let net = Federation::up();
+    let invited = net.invite("federation", "user", &["--credits", "100"]);
+    net.run("student", &["join", &invited]).ok();
+    let input = net.home("input.jsonl");
+    fs::write(&input, "{}\n").unwrap();
+    let job = net.text("job.toml");
+    let text = format!("work = \"noop\"\ninput = {input:?}\n[noop]\nmillis_per_item = 600000\n");
+    fs::write(&job, text).unwrap();
+    let tries = if std::env::var_os("KAREZ_LONG").is_some() {
+        100
+    } else {
+        24
+    };
+    let submit = ["submit", &job, "--detach", "--max-cost", "10"];
+    // A scheduler shakes at most sixteen hands of one address at a time.
+    let answers: Vec<Answer> = std::thread::scope(|scope| {
+        let (net, submit) = (&net, &submit);
+        let all: Vec<_> = (0..12)
+            .map(|n| {
+                scope.spawn(move || {
+                    (n..tries)
+                        .step_by(12)
+                        .map(|_| net.run("student", submit))
+                        .collect::<Vec<_>>()
+                })
+            })
+            .collect();
+        all.into_iter().flat_map(|one| one.join().unwrap()).collect()
+    });
+    let (taken, refused): (Vec<&Answer>, Vec<&Answer>) = answers.iter().partition(|a| a.code == 0);
+    assert_eq!((taken.len(), refused.len()), (10, tries - 10), "{refused:?}");
+    for answer in refused {
+        assert!(answer.err.contains("credits"), "{answer:?}");
+    }
+    let left = net.run("student", &["balance", "--json"]).ok().json();
+    assert_eq!(left[0]["microcredits"], 0, "{left}");
+    let books = net.export("books.jsonl");
+    net.run("nobody", &["ledger", "verify", &books]).ok();
 }

@@ -1,4 +1,5 @@
 //! The agent itself: leases, readings, heartbeats, offers, and the owner's word.
+use super::earned::judge;
 use super::upkeep::held;
 use super::{AgentConfig, Effect, EnergyMeter, Event, WorkerMeters};
 use crate::{
@@ -134,8 +135,12 @@ impl Holding {
     /// How the meters are read.
     pub(super) fn method(&self) -> String {
         let counted = self.live.worker.counted.method();
+        let counted = match self.live.worker.memory_byte_seconds {
+            Some(_) => counted.replacen("rusage", "rusage+rss", 1),
+            None => counted.to_owned(),
+        };
         match self.live.worker.energy.map(|e| e.by) {
-            None => counted.into(),
+            None => counted,
             Some(EnergyMeter::Rapl) => format!("rapl-share+{counted}"),
             Some(EnergyMeter::Nvml) => format!("nvml+{counted}"),
         }
@@ -149,11 +154,11 @@ impl Holding {
             loading: self.lease.devices.time(w.loading).min(device_ms),
             cpu: w.cpu,
             memory_peak: w.memory_peak,
-            memory_byte_seconds: w
-                .memory_peak
-                .0
-                .saturating_mul(self.lease.devices.lasts(device_ms).0)
-                / 1_000,
+            // Where nobody looked on the way, what it was at most stands for what it was.
+            memory_byte_seconds: w.memory_byte_seconds.unwrap_or_else(|| {
+                let held = self.lease.devices.lasts(device_ms);
+                w.memory_peak.0.saturating_mul(held.0) / 1_000
+            }),
             tokens_in: w.tokens_in,
             tokens_out: w.tokens_out,
             tokens_cached: w.tokens_cached,
@@ -435,7 +440,14 @@ impl Agent {
                 }
                 match receipt {
                     Some(receipt) => {
-                        out.push(Effect::Log(format!("{key} settled: {} credits", receipt.credits)))
+                        let fits = self.holdings.get(&key).map(|holding| judge(holding, &receipt));
+                        out.push(Effect::Log(match fits {
+                            Some(Err(why)) => {
+                                format!("{key} settled, but its receipt {}: it {why}", receipt.id())
+                            }
+                            _ => format!("{key} settled: {} credits", receipt.credits),
+                        }));
+                        out.push(Effect::Keep(receipt));
                     }
                     None => out.push(Effect::Log(format!("{key} settled without a receipt: {why}"))),
                 }

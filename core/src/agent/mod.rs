@@ -5,6 +5,7 @@
 //! leaves the process. So a lease is stored before it is granted, and the intent to start a worker before it starts.
 //!
 //! Not here: how to fetch, run or sign in (`karez-node`); what the scheduler decides ([`crate::controller`]).
+mod earned;
 mod leases;
 mod mind;
 #[cfg(test)]
@@ -20,7 +21,7 @@ use crate::{
     id::{Country, Digest, Institution, LeaseKey},
     key::{SchedulerId, SecretKey},
     prelude::*,
-    records::{Device, Engine, Offer, Order, Verified},
+    records::{Device, Engine, Offer, Order, Receipt, Verified},
     store::Change,
     unit::{Bytes, Millis, Portion},
 };
@@ -69,6 +70,8 @@ pub struct WorkerMeters {
     pub cpu: Millis,
     /// Largest resident memory.
     pub memory_peak: Bytes,
+    /// Resident memory summed up over time, in byte-seconds; none where nobody looked at it on the way.
+    pub memory_byte_seconds: Option<u64>,
     /// Tokens read.
     pub tokens_in: u64,
     /// Tokens written.
@@ -290,6 +293,9 @@ pub enum Effect {
         /// What.
         artifact: ArtifactRef,
     },
+    /// Keep the scheduler's word on what a lease earned, for the owner's own books. Before the batch is stored: with it
+    /// the lease is forgotten.
+    Keep(Verified<Receipt>),
     /// The lease is over: release pins and scratch files.
     Forget {
         /// Which.

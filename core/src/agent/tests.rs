@@ -6,7 +6,7 @@ use crate::{
     exchange::{Held, LeaseAsk, Phase},
     id::{Digest, JobId},
     key::{PublicKey, SchedulerId, UserId},
-    records::{Constraints, Lease, Outcome, Signed, Usage, Work},
+    records::{Constraints, Flag, Lease, Outcome, Receipt, Signed, Usage, Work},
     store::Stored,
     unit::{Credits, DeviceMillis, MonoMillis, Now, Portion, Rate, Speed, UtcMillis},
 };
@@ -173,6 +173,7 @@ fn brief(effects: &[Effect]) -> String {
         Effect::Stop { grace, .. } => format!("stop in {}", grace.0),
         Effect::Push { .. } => "push".into(),
         Effect::Forget { .. } => "forget".into(),
+        Effect::Keep(receipt) => format!("keep {}", receipt.credits.0),
         other => format!("{other:?}"),
     };
     effects.iter().map(one).collect::<Vec<_>>().join(", ")
@@ -645,6 +646,93 @@ fn a_part_with_a_model_is_fetched_run_pushed_and_settled() {
     assert_eq!(brief(&bench.tell(Event::Heard(scheduler(S), settled))), "forget");
     assert_eq!(bench.rows("leases") + bench.rows("readings"), 0);
     assert!(bench.agent.status().held.is_empty());
+}
+
+/// What a scheduler signs for a lease that took so long.
+fn receipt_for(
+    lease: &Verified<Lease>,
+    usage: &Verified<Usage>,
+    change: impl FnOnce(&mut Receipt),
+) -> Verified<Receipt> {
+    let billed = usage.meters.device_ms;
+    let mut receipt = Receipt {
+        usage: usage.id(),
+        lease: lease.id(),
+        job: lease.job,
+        scheduler: lease.scheduler,
+        node: lease.node,
+        node_institution: lease.institution.clone(),
+        user: UserId(PublicKey::of(&secret(50))),
+        user_institution: "lab-recife".parse().unwrap(),
+        observed: billed,
+        billed,
+        credits: lease.rate.bill(billed).unwrap(),
+        flags: Vec::new(),
+        issued_at: UtcMillis(1),
+        disputable_until: UtcMillis(2),
+        rate_card: 0,
+    };
+    change(&mut receipt);
+    Signed::sign(receipt, &secret(S))
+}
+
+#[test]
+fn receipts_are_kept_and_what_is_wrong_with_them_is_said() {
+    type Change = fn(&mut Receipt);
+    let cases: [(&str, Change, &str); 6] = [
+        ("as it should be", |_| {}, "settled: "),
+        (
+            "of other work",
+            |r| r.usage = Digest::of(b"other"),
+            "of other work",
+        ),
+        (
+            "for somebody else",
+            |r| r.node_institution = "uni-lagos".parse().unwrap(),
+            "pays uni-lagos",
+        ),
+        (
+            "too little time",
+            |r| r.billed.0 -= 1,
+            "bills 2499 device-ms where 2500 are due",
+        ),
+        ("too little money", |r| r.credits.0 -= 1, "credits where"),
+        (
+            "cut, and it says so",
+            |r| {
+                r.credits.0 -= 1;
+                r.flags = vec![Flag::CutToCeiling];
+            },
+            "settled: ",
+        ),
+    ];
+    for (name, change, expected) in cases {
+        let mut bench = Bench::new();
+        let ask = ask_for(order(1, |_| {}), 1);
+        let key = ask.key;
+        let lease = lease_in(&bench.tell(Event::Heard(scheduler(S), ToNode::Ask(Box::new(ask)))));
+        bench.wait(2_500);
+        bench.tell(exited(key, Exit::Done(blob("r"))));
+        let usage = usage_in(&bench.tell(Event::Pushed { key }));
+        let receipt = receipt_for(&lease, &usage, change);
+        let settled = ToNode::Settled {
+            key,
+            receipt: Some(receipt.clone()),
+            why: String::new(),
+        };
+        let mut out = Vec::new();
+        bench
+            .agent
+            .handle(bench.clock(), Event::Heard(scheduler(S), settled), &mut out);
+        let kept = out
+            .iter()
+            .any(|e| matches!(e, Effect::Keep(kept) if kept.id() == receipt.id()));
+        assert!(kept, "{name}");
+        let said = out
+            .iter()
+            .any(|e| matches!(e, Effect::Log(line) if line.contains(expected)));
+        assert!(said, "{name}: {out:?}");
+    }
 }
 
 #[test]

@@ -219,8 +219,8 @@ pub(super) fn held(key: LeaseKey, holding: &Holding) -> Held {
 pub(super) fn last_meters(holding: &Holding, now: Now) -> Meters {
     let live = holding.meters(now.mono);
     match holding.readings.last() {
-        Some(last) if !live.grew_from(&last.meters) => last.meters,
-        _ => live,
+        Some(last) => live.at_least(&last.meters),
+        None => live,
     }
 }
 

@@ -9,8 +9,8 @@ use crate::{
     money::{Account, Posting, PostingKind},
     prelude::*,
     records::{
-        Acceptance, Beneficiary, CreditLimit, Dispute, Grant, Lease, Order, Payment, RateCard, Receipt,
-        Ruling, Verified,
+        Acceptance, Beneficiary, CreditLimit, Dispute, Floors, Grant, Lease, Order, Payment, RateCard,
+        Receipt, Ruling, Verified,
     },
     store::{Change, put},
     unit::{Credits, Now, UtcMillis},
@@ -21,6 +21,7 @@ use serde::{Deserialize, Serialize};
 pub(super) const ANSWERS: &str = "answers";
 pub(super) const GRANTS: &str = "grants";
 pub(super) const RATES: &str = "rates";
+pub(super) const FLOORS: &str = "floors";
 pub(super) const LIMITS: &str = "limits";
 pub(super) const PAYMENTS: &str = "payments";
 
@@ -44,6 +45,8 @@ pub enum Filed {
     Grant(Verified<Grant>),
     /// The operator sets the standard rates.
     Rates(Verified<RateCard>),
+    /// The operator promises how institutions share.
+    Floors(Verified<Floors>),
     /// The operator sets how far an institution may go under zero.
     Limit(Verified<CreditLimit>),
     /// The operator notes a payment between institutions.
@@ -72,6 +75,7 @@ pub(super) struct Books {
     pub(super) answers: BTreeMap<RecordId, Answered>,
     pub(super) grants: BTreeMap<RecordId, Grant>,
     pub(super) rates: Option<RateCard>,
+    pub(super) floors: Option<Floors>,
     pub(super) limits: BTreeMap<Institution, UtcMillis>,
     pub(super) payments: BTreeSet<RecordId>,
 }
@@ -176,6 +180,7 @@ impl Controller {
                 self.books.rates = Some(value.clone());
                 Ok(card.id())
             }
+            Filed::Floors(floors) => self.set_floors(now, caller, floors, out),
             Filed::Limit(limit) => {
                 self.operator(caller, limit.scheduler.0)?;
                 let name = &limit.institution;
@@ -218,6 +223,35 @@ impl Controller {
                 Ok(payment.id())
             }
         }
+    }
+
+    /// From now on institutions share so. Another half-life counts from the next start on, when histories are counted anew.
+    fn set_floors(
+        &mut self,
+        now: Now,
+        caller: PublicKey,
+        floors: &Verified<Floors>,
+        out: &mut Vec<Effect>,
+    ) -> Result<RecordId, Denial> {
+        self.operator(caller, floors.scheduler.0)?;
+        let next = self.books.floors.as_ref().map_or(1, |before| before.version + 1);
+        if floors.version != next {
+            return no(format!("has version {}, the next one is {next}", floors.version));
+        }
+        let posting = Posting {
+            kind: PostingKind::Floors,
+            legs: vec![(Account::Federation, 0)],
+            evidence: vec![floors.encode()],
+        };
+        let value: &Floors = floors;
+        self.post(now, posting, vec![put(FLOORS, b"current", value)], out)?;
+        if value.shares.half_life != self.fair.shares().half_life {
+            let why = "another half-life was signed: it counts from the scheduler's next start on";
+            out.push(Effect::Log(why.into()));
+        }
+        self.fair.set_shares(value.shares.clone());
+        self.books.floors = Some(value.clone());
+        Ok(floors.id())
     }
 
     fn operator(&self, caller: PublicKey, names: PublicKey) -> Result<(), Denial> {
@@ -422,6 +456,17 @@ impl Controller {
     /// The standard rates in force.
     pub fn rate_card(&self) -> Option<&RateCard> {
         self.books.rates.as_ref()
+    }
+
+    /// How institutions share: what was signed, or with version 0 what the settings say.
+    pub fn floors(&self) -> Floors {
+        let unsigned = || Floors {
+            scheduler: self.id,
+            version: 0,
+            shares: self.fair.shares().clone(),
+            issued_at: UtcMillis(0),
+        };
+        self.books.floors.clone().unwrap_or_else(unsigned)
     }
 
     /// Open disputes: receipt, dispute, user, institution, credits.

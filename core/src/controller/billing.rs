@@ -16,11 +16,6 @@ use crate::{
     unit::{Credits, DeviceMillis, Millis, Now, Rate},
 };
 
-/// How much longer than we saw a node may say it worked before the receipt remarks on it: clocks and messages
-/// take their time. Two seconds and five percent.
-const TOLERANCE: Millis = Millis(2_000);
-const TOLERANCE_PERCENT: u64 = 5;
-
 impl Controller {
     pub(super) fn on_finished(
         &mut self,
@@ -150,33 +145,9 @@ impl Controller {
         };
         let observed = lease
             .devices
-            .time(Millis(now.utc.0.saturating_sub(part.asked_at.0)))
-            .0;
-        let tolerated = observed
-            .saturating_add(observed / 100 * TOLERANCE_PERCENT)
-            .saturating_add(TOLERANCE.0);
-        let mut flags = Vec::new();
-        if usage.meters.device_ms.0 > tolerated {
-            flags.push(Flag::LongerThanObserved);
-        }
-        // The smaller of what the node says and what we saw go by, always: only the remark has a tolerance.
-        let mut billed = usage.meters.device_ms.min(DeviceMillis(observed));
-        if billed > lease.device_ms_max {
-            flags.push(Flag::OverLease);
-            billed = lease.device_ms_max;
-        }
+            .time(Millis(now.utc.0.saturating_sub(part.asked_at.0)));
         let done = usage.outcome == Outcome::Done && !part.state.ended();
-        let mut credits = lease.rate.bill(billed).unwrap_or(Credits(u64::MAX));
-        if !done {
-            flags.push(Flag::NotDone);
-            billed = DeviceMillis::ZERO;
-            credits = Credits::ZERO;
-        }
-        if credits > part.ceiling {
-            flags.push(Flag::CutToCeiling);
-            credits = part.ceiling;
-        }
-        let receipt = Receipt {
+        let mut receipt = Receipt {
             usage: usage.id(),
             lease: lease.id(),
             job: key.job,
@@ -185,14 +156,28 @@ impl Controller {
             node_institution: lease.institution.clone(),
             user: job.order.user,
             user_institution: job.order.institution.clone(),
-            observed: DeviceMillis(observed),
-            billed,
-            credits,
-            flags,
+            observed,
+            billed: DeviceMillis::ZERO,
+            credits: Credits::ZERO,
+            flags: Vec::new(),
             issued_at: now.utc,
             disputable_until: now.utc.after(self.config.dispute_window),
             rate_card: self.rate_card().map_or(0, |card| card.version),
         };
+        let (measured, allowed) = (usage.meters.device_ms, lease.device_ms_max);
+        let remarks = receipt.remarks(measured, allowed).into_iter();
+        receipt.flags = remarks.filter(|(_, due)| *due).map(|(flag, _)| flag).collect();
+        if done {
+            receipt.billed = receipt.due(measured, allowed);
+            receipt.credits = lease.rate.bill(receipt.billed).unwrap_or(Credits(u64::MAX));
+        } else {
+            receipt.flags.push(Flag::NotDone);
+        }
+        if receipt.credits > part.ceiling {
+            receipt.flags.push(Flag::CutToCeiling);
+            receipt.credits = part.ceiling;
+        }
+        let credits = receipt.credits;
         let receipt = Signed::sign(receipt, &self.config.secret);
         let mut evidence = vec![job.order.encode(), lease.encode()];
         evidence.extend(finished.readings.iter().map(Verified::encode));

@@ -1,7 +1,7 @@
 //! The controller itself: orders in, leases out, nodes watched.
 use super::{
     ControllerConfig, Effect, Event, Member, Reply,
-    accounting::{ANSWERS, Books, GRANTS, LIMITS, PAYMENTS, RATES},
+    accounting::{ANSWERS, Books, FLOORS, GRANTS, LIMITS, PAYMENTS, RATES},
     admission::{INVITATIONS, MEMBERS, Redeemed},
     forecast::Forecast,
     gang::Kept,
@@ -16,14 +16,14 @@ use super::{
 };
 use crate::{
     exchange::ToNode,
-    fair::FairShare,
+    fair::{FairShare, Work},
     id::{Digest, Institution, JobId, LeaseKey, RecordId},
     key::{NodeId, PublicKey, SchedulerId, UserId},
     market::Market,
-    money::{Accounts, Posting},
+    money::Accounts,
     placement::{Plan, Policy},
     prelude::*,
-    records::{Delegation, Verified},
+    records::{Delegation, Floors, Verified},
     routing::{Hearth, Prefix},
     store::{Change, Stored, StoredError, put, read},
     unit::{Credits, DeviceMillis, Millis, MonoMillis, Now, Portion, Rate, UtcMillis},
@@ -129,6 +129,7 @@ impl Controller {
         ANSWERS,
         GRANTS,
         RATES,
+        FLOORS,
         LIMITS,
         PAYMENTS,
         SHARES,
@@ -144,10 +145,14 @@ impl Controller {
         accounts: Accounts,
     ) -> Result<Self, StoredError> {
         let id = config.id();
+        // What was promised counts, not what the settings say: histories are read by it.
+        let signed = stored.iter().find(|pair| pair.table == FLOORS);
+        let floors: Option<Floors> = signed.map(read).transpose()?;
+        let shares = floors.as_ref().map_or(&config.shares, |f| &f.shares).clone();
         let mut c = Self {
             policy: config.policy.clone(),
             market: Market::new(config.policy.clone()),
-            fair: FairShare::new(config.shares.clone()),
+            fair: FairShare::new(shares),
             config,
             id,
             members: BTreeMap::new(),
@@ -155,7 +160,10 @@ impl Controller {
             delegations: BTreeMap::new(),
             revoked: BTreeMap::new(),
             accounts,
-            books: Books::default(),
+            books: Books {
+                floors,
+                ..Books::default()
+            },
             jobs: BTreeMap::new(),
             queue: BTreeSet::new(),
             open_of: BTreeMap::new(),
@@ -287,12 +295,12 @@ impl Controller {
         self.shares_stale
     }
 
-    /// Counts the histories of use and contribution from the postings of the book, in any order, and gives what to
+    /// Counts the histories of use and contribution from what the book has settled, in any order, and gives what to
     /// store.
-    pub fn recount(&mut self, postings: impl Iterator<Item = Posting>) -> Vec<Change> {
-        let mut fair = FairShare::new(self.config.shares.clone());
-        for posting in postings {
-            fair.note_posting(&posting);
+    pub fn recount(&mut self, works: impl Iterator<Item = Work>) -> Vec<Change> {
+        let mut fair = FairShare::new(self.fair.shares().clone());
+        for work in works {
+            fair.note_work(&work);
         }
         fair.take_running(&mut self.fair);
         self.fair = fair;

@@ -1,15 +1,16 @@
-//! Who pays for whom: grants, standard rates, credit limits and payments. All signed by the scheduler's operator.
+//! Who pays for whom: grants, standard rates, floors, credit limits and payments. All signed by the scheduler's operator.
 use super::{
     envelope::{Record, RecordError},
     offer::WorkKind,
     wire::{Fields, UTC_MAX},
 };
 use crate::{
+    fair::Shares,
     id::Institution,
     key::{PublicKey, SchedulerId, UserId},
     money::Account,
     prelude::*,
-    unit::{Credits, Rate, UtcMillis},
+    unit::{Credits, Millis, Rate, UtcMillis},
 };
 use karez_proto::records as wire;
 use serde::{Deserialize, Serialize};
@@ -186,6 +187,82 @@ impl Record for RateCard {
         })
     }
 }
+
+/// How institutions share, as the operator has promised it: the floor that all have, and what else decides whose turn it is
+/// (see [`crate::fair`]).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Floors {
+    /// Whose ledger, and who signs.
+    pub scheduler: SchedulerId,
+    /// From 1, rising; 0 in what nobody signed yet.
+    pub version: u32,
+    /// The constants.
+    pub shares: Shares,
+    /// When it was signed.
+    pub issued_at: UtcMillis,
+}
+
+impl Record for Floors {
+    const TYPE: &'static str = "karez.floors.v1";
+    const BYTES_MAX: usize = 32 * 1024;
+    type Wire = wire::Floors;
+
+    fn signer(&self) -> PublicKey {
+        self.scheduler.0
+    }
+
+    fn to_wire(&self) -> wire::Floors {
+        let extra = |(institution, percent): (&Institution, &u32)| wire::ExtraShare {
+            institution: institution.to_string(),
+            percent: *percent,
+        };
+        wire::Floors {
+            scheduler: self.scheduler.0.0.to_vec(),
+            version: self.version,
+            floor_percent: self.shares.floor_percent,
+            half_life_ms: self.shares.half_life.0,
+            donated: self.shares.donated.0,
+            extra: self.shares.grants_percent.iter().map(extra).collect(),
+            issued_at: self.issued_at.0,
+        }
+    }
+
+    fn from_wire(w: wire::Floors) -> Result<Self, RecordError> {
+        let f = Fields(Self::TYPE);
+        if w.version == 0 {
+            return Err(f.bad("version", "is 0: versions count from 1"));
+        }
+        if w.half_life_ms < HALF_LIFE_MIN.0 {
+            return Err(f.bad("half_life_ms", "is under a minute"));
+        }
+        let extra = f.list("extra", w.extra, EXTRA_MAX, |one| {
+            let percent = f.within("extra.percent", one.percent.into(), 10_000)?;
+            // Within 32 bits, as was just checked.
+            Ok((f.parse("extra.institution", &one.institution)?, percent as u32))
+        })?;
+        let many = extra.len();
+        let grants_percent: BTreeMap<Institution, u32> = extra.into_iter().collect();
+        if grants_percent.len() != many {
+            return Err(f.bad("extra", "names an institution twice"));
+        }
+        Ok(Self {
+            scheduler: SchedulerId(f.key("scheduler", &w.scheduler)?),
+            version: w.version,
+            shares: Shares {
+                half_life: Millis(f.within("half_life_ms", w.half_life_ms, UTC_MAX)?),
+                donated: Rate(f.within("donated", w.donated, i64::MAX as u64)?),
+                floor_percent: f.within("floor_percent", w.floor_percent.into(), 100)? as u32,
+                grants_percent,
+            },
+            issued_at: UtcMillis(f.within("issued_at", w.issued_at, UTC_MAX)?),
+        })
+    }
+}
+
+/// The shortest half-life of fair share.
+const HALF_LIFE_MIN: Millis = Millis(60_000);
+/// The most institutions with an extra share.
+const EXTRA_MAX: usize = 256;
 
 /// How far an institution's account may be under zero: what it may grant beyond what it has earned.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -84,13 +84,28 @@ impl Meters {
         };
     }
 
-    /// No meter of `self` lies under the one of `before`: totals never fall.
+    /// No meter of `self` lies under the one of `before`: totals never fall, and a meter that spoke does not fall silent.
     pub fn grew_from(&self, before: &Self) -> bool {
-        self.device_ms >= before.device_ms
-            && self.cpu >= before.cpu
-            && self.tokens_in >= before.tokens_in
-            && self.tokens_out >= before.tokens_out
-            && self.items >= before.items
+        *self == self.at_least(before)
+    }
+
+    /// The same with every total raised to what it was `before`: a worker that was replaced begins at nothing.
+    #[must_use]
+    pub fn at_least(&self, before: &Self) -> Self {
+        Self {
+            device_ms: self.device_ms.max(before.device_ms),
+            loading: self.loading.max(before.loading),
+            cpu: self.cpu.max(before.cpu),
+            memory_peak: self.memory_peak.max(before.memory_peak),
+            memory_byte_seconds: self.memory_byte_seconds.max(before.memory_byte_seconds),
+            tokens_in: self.tokens_in.max(before.tokens_in),
+            tokens_out: self.tokens_out.max(before.tokens_out),
+            tokens_cached: self.tokens_cached.max(before.tokens_cached),
+            items: self.items.max(before.items),
+            bytes_in: self.bytes_in.max(before.bytes_in),
+            bytes_out: self.bytes_out.max(before.bytes_out),
+            millijoules: self.millijoules.max(before.millijoules),
+        }
     }
 }
 

@@ -3,7 +3,7 @@
 //! [`Signed`] holds the exact bytes that were signed; only [`Signed::verify`] turns it into [`Verified`], and
 //! functions that act take `Verified`. Each record names its predecessor by digest:
 //! [`Order`] → [`Lease`] → [`MeterReading`] … → [`Usage`] → [`Receipt`] → [`Acceptance`], or [`Dispute`] → [`Ruling`].
-//! Beside it stand the records of who pays: [`Grant`], [`RateCard`], [`CreditLimit`], [`Payment`].
+//! Beside it stand the records of who pays: [`Grant`], [`RateCard`], [`Floors`], [`CreditLimit`], [`Payment`].
 mod delegation;
 mod envelope;
 mod funding;
@@ -21,7 +21,7 @@ pub use delegation::Delegation;
 pub use envelope::{
     Record, RecordError, SignatureCheck, Signed, Strict, ToCheck, Verified, describe, is_canonical, to_check,
 };
-pub use funding::{Beneficiary, CreditLimit, Grant, Payment, RateCard};
+pub use funding::{Beneficiary, CreditLimit, Floors, Grant, Payment, RateCard};
 pub use lease::Lease;
 pub use meter::{BENCHMARK_BYTES_MAX, Benchmark, MeterReading, Meters, Outcome, Usage};
 pub use offer::{
@@ -32,7 +32,7 @@ pub use order::{
     Constraints, DEVICES_MAX, FORMAT_BYTES_MAX, Generate, ITEMS_MAX, Order, PARTS_MAX, SETTINGS_BYTES_MAX,
     STOP_BYTES_MAX, STOPS_MAX, Train, Work,
 };
-pub use receipt::{Flag, Receipt};
+pub use receipt::{Flag, Receipt, TOLERANCE, TOLERANCE_PERCENT};
 pub use social::{ClassSummary, Invitation, Role, Summary};
 pub use trail::{TrailError, check_trail};
 pub use verdict::{Acceptance, DISPUTE_WINDOW, Dispute, REASON_BYTES_MAX, Ruling};

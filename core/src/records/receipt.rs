@@ -7,10 +7,16 @@ use crate::{
     id::{Institution, JobId, RecordId},
     key::{NodeId, PublicKey, SchedulerId, UserId},
     prelude::*,
-    unit::{Credits, DeviceMillis, UtcMillis},
+    unit::{Credits, DeviceMillis, Millis, UtcMillis},
 };
 use karez_proto::records as wire;
 use serde::{Deserialize, Serialize};
+
+/// How much longer than the scheduler saw a node may say it worked before the receipt must remark on it: clocks and
+/// messages take their time. Two seconds and five percent. Only the remark has a tolerance: the smaller is billed, always.
+pub const TOLERANCE: Millis = Millis(2_000);
+/// The part of it that grows with the work.
+pub const TOLERANCE_PERCENT: u64 = 5;
 
 /// What the scheduler noticed while checking a usage.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -84,6 +90,26 @@ pub struct Receipt {
     pub disputable_until: UtcMillis,
     /// Version of the standard rates in force; 0 while there are none.
     pub rate_card: u32,
+}
+
+impl Receipt {
+    /// The device time that a finished part is billed: the smallest of what the node measured, what the scheduler saw and
+    /// what the lease allows.
+    pub fn due(&self, measured: DeviceMillis, allowed: DeviceMillis) -> DeviceMillis {
+        measured.min(self.observed).min(allowed)
+    }
+
+    /// The remarks that these figures call for, and no others of their kind.
+    pub fn remarks(&self, measured: DeviceMillis, allowed: DeviceMillis) -> [(Flag, bool); 2] {
+        let observed = self.observed.0;
+        let tolerated = observed
+            .saturating_add(observed / 100 * TOLERANCE_PERCENT)
+            .saturating_add(TOLERANCE.0);
+        [
+            (Flag::LongerThanObserved, measured.0 > tolerated),
+            (Flag::OverLease, measured.min(self.observed) > allowed),
+        ]
+    }
 }
 
 impl Record for Receipt {

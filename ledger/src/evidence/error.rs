@@ -154,11 +154,29 @@ pub enum Rule {
         /// What it may ask.
         bill: Credits,
     },
+    /// Less device time is billed than measured, observed and leased.
+    #[error("bills {billed} device-ms, but {due} are due: the smallest of measured, observed and leased")]
+    UnderMeter {
+        /// Billed.
+        billed: u64,
+        /// What should be.
+        due: u64,
+    },
+    /// A remark must be there just when the figures call for it.
+    #[error("{} the remark {flag}, which its figures {} call for", if *.due { "lacks" } else { "has" }, if *.due { "do" } else { "do not" })]
+    Remark {
+        /// Which.
+        flag: &'static str,
+        /// Whether they call for it.
+        due: bool,
+    },
     /// Only finished parts are paid.
-    #[error("asks {asked} for a part that did not finish")]
+    #[error("asks {asked} and bills {billed} device-ms for a part that did not finish")]
     NotDone {
         /// What the receipt asks.
         asked: Credits,
+        /// What it bills.
+        billed: u64,
     },
     /// The posting moves something else than the record says.
     #[error("the posting moves {moved}, the record says {says}")]
@@ -247,9 +265,9 @@ pub enum Rule {
     #[error("its receipt has been accepted or disputed before")]
     Answered,
     /// The window is over.
-    #[error("it is dated {at}, its receipt could be answered until {until}")]
+    #[error("it is of {at}, its receipt could be answered until {until}")]
     TooLate {
-        /// Its date, in ms.
+        /// Its own date or that of its entry, in ms.
         at: u64,
         /// The receipt's window, in ms.
         until: u64,

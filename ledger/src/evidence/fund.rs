@@ -10,7 +10,9 @@ use karez_core::{
     id::{JobId, RecordId},
     key::{SchedulerId, UserId},
     money::{Account, Posting, PostingKind},
-    records::{CreditLimit, Delegation, Grant, Invitation, Order, Payment, RateCard, Role, SignatureCheck},
+    records::{
+        CreditLimit, Delegation, Floors, Grant, Invitation, Order, Payment, RateCard, Role, SignatureCheck,
+    },
     unit::Credits,
 };
 
@@ -227,6 +229,17 @@ pub(super) fn rates(posting: &Posting, scheduler: SchedulerId, by: &dyn Signatur
     Ok(Claim::Rates {
         id: card.id(),
         version: card.version,
+    })
+}
+
+pub(super) fn floors(posting: &Posting, scheduler: SchedulerId, by: &dyn SignatureCheck) -> Claimed {
+    let (account, bytes) = nothing_moves(posting)?;
+    let floors: Paper<Floors> = Paper::open(by, 0, bytes)?;
+    floors.same("scheduler", floors.scheduler, "the ledger", scheduler)?;
+    floors.account(account, Account::Federation)?;
+    Ok(Claim::Floors {
+        id: floors.id(),
+        version: floors.version,
     })
 }
 

@@ -15,6 +15,7 @@
 //! | expire | `grant:ID` −, the payer + | nothing (all that is left, past the grant's date) |
 //! | rates | federation 0 | the rate card (the next version) |
 //! | limit | the institution 0 | the credit limit (later than the last one) |
+//! | floors | federation 0 | how institutions share (the next version) |
 //! | payment | `institution:payee` −, `institution:payer` + | the payment (once) |
 //!
 //! Legs of zero are legs: a donated part still leaves an entry with its receipt.
@@ -122,6 +123,10 @@ pub(crate) enum Claim {
         id: RecordId,
         version: u32,
     },
+    Floors {
+        id: RecordId,
+        version: u32,
+    },
     Limit {
         id: RecordId,
         institution: Institution,
@@ -186,6 +191,8 @@ pub(crate) struct Answer {
     /// Its own id and type.
     id: RecordId,
     record: &'static str,
+    /// When the receipt's window ends.
+    until: UtcMillis,
     /// Of a dispute: what is frozen.
     frozen: Option<Frozen>,
 }
@@ -242,6 +249,7 @@ pub(crate) fn examine_digested(
         PostingKind::Ruling => verdict::ruling(&posting, scheduler, by)?,
         PostingKind::Expire => fund::expire(&posting)?,
         PostingKind::Rates => fund::rates(&posting, scheduler, by)?,
+        PostingKind::Floors => fund::floors(&posting, scheduler, by)?,
         PostingKind::Limit => fund::limit(&posting, scheduler, by)?,
         PostingKind::Payment => fund::payment(&posting, scheduler, by)?,
     };
@@ -325,6 +333,7 @@ fn shape(kind: PostingKind) -> EvidenceError {
             }
             PostingKind::Expire => "a grant that gives, its payer that receives, and no evidence",
             PostingKind::Rates => "a leg of zero for the federation, and the rate card as evidence",
+            PostingKind::Floors => "a leg of zero for the federation, and the signed floors as evidence",
             PostingKind::Limit => "a leg of zero for the institution, and the credit limit as evidence",
             PostingKind::Payment => {
                 "the payee's institution that gives, the payer's that receives, and the payment as evidence"

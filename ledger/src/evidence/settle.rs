@@ -166,12 +166,28 @@ fn check_bill(
             return receipt.breaks(Rule::OverMeter { billed, of, measured });
         }
     }
+    for (flag, due) in receipt.remarks(usage.meters.device_ms, lease.device_ms_max) {
+        if receipt.flags.contains(&flag) != due {
+            let flag = flag.as_str();
+            return receipt.breaks(Rule::Remark { flag, due });
+        }
+    }
     let asked = receipt.credits;
-    if usage.outcome != Outcome::Done || receipt.flags.contains(&Flag::NotDone) {
-        if asked > Credits::ZERO {
-            return receipt.breaks(Rule::NotDone { asked });
+    let failed = usage.outcome != Outcome::Done;
+    if failed || receipt.flags.contains(&Flag::NotDone) {
+        if asked > Credits::ZERO || billed > 0 {
+            return receipt.breaks(Rule::NotDone { asked, billed });
+        }
+        if !receipt.flags.contains(&Flag::NotDone) {
+            let flag = Flag::NotDone.as_str();
+            return receipt.breaks(Rule::Remark { flag, due: true });
         }
         return Ok(());
+    }
+    // Nobody's books may be kept low either: the smaller of two figures, and nothing under it.
+    let due = receipt.due(usage.meters.device_ms, lease.device_ms_max).0;
+    if billed < due {
+        return receipt.breaks(Rule::UnderMeter { billed, due });
     }
     let bill = lease.rate.bill(receipt.billed).unwrap_or(Credits(u64::MAX));
     let cut = receipt.flags.contains(&Flag::CutToCeiling);

@@ -8,7 +8,7 @@ use karez_core::{
     key::UserId,
     money::{Account, Accounts},
     records::{
-        CreditLimit, Delegation, Grant, Invitation, Order, Payment, RateCard, Receipt, Record, Ruling,
+        CreditLimit, Delegation, Floors, Grant, Invitation, Order, Payment, RateCard, Receipt, Record, Ruling,
     },
     unit::{Credits, UtcMillis},
 };
@@ -96,6 +96,7 @@ pub(crate) struct Trail {
     pub(crate) disputes: HashMap<RecordId, Frozen>,
     pub(crate) limits: HashMap<Institution, UtcMillis>,
     pub(crate) rate_card: u32,
+    pub(crate) floors: u32,
 }
 
 /// A job whose escrow is still open.
@@ -133,6 +134,10 @@ pub(crate) enum Change {
         before: u32,
         version: u32,
     },
+    Floors {
+        before: u32,
+        version: u32,
+    },
     Limit {
         institution: Institution,
         limit: Credits,
@@ -151,6 +156,15 @@ fn breaks<T: Record>(index: usize, id: RecordId, rule: Rule) -> Checked {
         id,
         rule: Box::new(rule),
     })
+}
+
+/// Versions follow each other without gaps.
+fn follows<T: Record>(id: RecordId, before: u32, version: u32) -> Result<(), EvidenceError> {
+    if before.checked_add(1) == Some(version) {
+        return Ok(());
+    }
+    let (found, before) = (u64::from(version), u64::from(before));
+    breaks::<T>(0, id, Rule::Order { found, before }).map(drop)
 }
 
 impl Trail {
@@ -177,19 +191,18 @@ impl Trail {
             Claim::Reserve(reserved) => self.check_reserve(at, reserved),
             Claim::Settle(settled) => self.check_settle(settled),
             Claim::Release { job, user, grant } => self.check_release(*job, *user, *grant, accounts),
-            Claim::Answer(answer) => self.check_answer(answer),
+            Claim::Answer(answer) => self.check_answer(at, answer),
             Claim::Ruling { .. } => self.check_ruling(claim),
             Claim::Expire { grant, to, amount } => self.check_expire(at, *grant, to, *amount, accounts),
             Claim::Rates { id, version } => {
-                let before = self.rate_card;
-                if before.checked_add(1) != Some(*version) {
-                    let (found, before) = (u64::from(*version), u64::from(before));
-                    return breaks::<RateCard>(0, *id, Rule::Order { found, before });
-                }
-                Ok(Change::Rates {
-                    before,
-                    version: *version,
-                })
+                let (before, version) = (self.rate_card, *version);
+                follows::<RateCard>(*id, before, version)?;
+                Ok(Change::Rates { before, version })
+            }
+            Claim::Floors { id, version } => {
+                let (before, version) = (self.floors, *version);
+                follows::<Floors>(*id, before, version)?;
+                Ok(Change::Floors { before, version })
             }
             Claim::Limit {
                 id,
@@ -364,7 +377,7 @@ impl Trail {
         Ok(Change::Release(job, state.clone()))
     }
 
-    fn check_answer(&self, answer: &Answer) -> Checked {
+    fn check_answer(&self, at: UtcMillis, answer: &Answer) -> Checked {
         let no = |rule| {
             Err(EvidenceError::Rule {
                 index: 2,
@@ -379,6 +392,11 @@ impl Trail {
         let mark = answered_mark(&answer.receipt);
         if self.marks.contains(&mark) {
             return no(Rule::Answered);
+        }
+        // Its own date is its signer's word: what was written down after the window is late, whatever it says.
+        if at > answer.until {
+            let (at, until) = (at.0, answer.until.0);
+            return no(Rule::TooLate { at, until });
         }
         Ok(match &answer.frozen {
             None => Change::Mark(mark),
@@ -498,6 +516,7 @@ impl Trail {
                 self.disputes.remove(dispute);
             }
             Change::Rates { version, .. } => self.rate_card = *version,
+            Change::Floors { version, .. } => self.floors = *version,
             Change::Limit {
                 institution,
                 issued_at,
@@ -557,6 +576,7 @@ impl Trail {
                 self.disputes.insert(*dispute, frozen.clone());
             }
             Change::Rates { before, .. } => self.rate_card = *before,
+            Change::Floors { before, .. } => self.floors = *before,
             Change::Limit {
                 institution,
                 issued_before,

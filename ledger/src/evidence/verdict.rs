@@ -31,6 +31,7 @@ pub(super) fn accept(posting: &Posting, scheduler: SchedulerId, by: &dyn Signatu
         receipt: receipt.id(),
         id: paper.id(),
         record: Acceptance::TYPE,
+        until: receipt.disputable_until,
         frozen: None,
     }))
 }
@@ -56,6 +57,7 @@ pub(super) fn dispute(posting: &Posting, scheduler: SchedulerId, by: &dyn Signat
         receipt: receipt.id(),
         id: paper.id(),
         record: Dispute::TYPE,
+        until: receipt.disputable_until,
         frozen: Some(Frozen {
             receipt: receipt.id(),
             user: receipt.user,

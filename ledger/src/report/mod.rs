@@ -18,12 +18,38 @@ pub use standing::{Standing, StandingBuilder};
 pub use statement::{Flow, Statement, StatementBuilder};
 pub use time::{Month, MonthError};
 
+use crate::{book::Entry, evidence::remains};
 use karez_core::{
+    fair::Work,
     id::Institution,
     money::{Posting, PostingKind},
-    records::{CreditLimit, Signed},
+    records::{CreditLimit, Floors, Signed, Verified},
     unit::Credits,
 };
+
+/// Of a verified entry that settles: what counts for sharing, whether its records are still there or not.
+pub fn work(entry: &Entry) -> Option<Work> {
+    if entry.posting.kind != PostingKind::Settle {
+        return None;
+    }
+    let settled = remains(&entry.posting, &entry.gist)?;
+    Some(Work {
+        user: settled.user_institution,
+        provider: settled.institution,
+        credits: settled.credits,
+        billed: settled.billed,
+        at: entry.at,
+    })
+}
+
+/// Of a verified posting that promises how institutions share: the constants.
+pub fn floors(posting: &Posting) -> Option<Floors> {
+    let bytes = posting
+        .evidence
+        .first()
+        .filter(|_| posting.kind == PostingKind::Floors)?;
+    Signed::<Floors>::open(bytes).ok().map(Verified::into_inner)
+}
 
 /// Of a verified posting that sets a credit limit: whose, and how much.
 pub fn limit(posting: &Posting) -> Option<(Institution, Credits)> {

@@ -6,9 +6,9 @@ use karez_core::{
     key::{NodeId, PublicKey, SchedulerId, SecretKey, UserId},
     money::{Account, Posting, PostingKind},
     records::{
-        Acceptance, Benchmark, Beneficiary, Constraints, CreditLimit, Delegation, Dispute, Flag, Grant,
-        Invitation, Lease, MeterReading, Meters, Order, Outcome, Payment, RateCard, Receipt, Role, Ruling,
-        Signed, Usage, Verified, Work,
+        Acceptance, Benchmark, Beneficiary, Constraints, CreditLimit, Delegation, Dispute, Flag, Floors,
+        Grant, Invitation, Lease, MeterReading, Meters, Order, Outcome, Payment, RateCard, Receipt, Role,
+        Ruling, Signed, Usage, Verified, Work,
     },
     unit::{Bytes, Credits, DeviceMillis, Millis, MonoMillis, Portion, Rate, Speed, UtcMillis},
 };
@@ -296,6 +296,24 @@ pub fn papers(settled: &Posting) -> (Verified<Lease>, Verified<Receipt>) {
     (lease, Signed::open(evidence.last().unwrap()).unwrap())
 }
 
+/// How institutions share from now on.
+pub fn floors(version: u32, floor_percent: u32) -> Posting {
+    let floors = Floors {
+        scheduler: scheduler(),
+        version,
+        shares: karez_core::fair::Shares {
+            floor_percent,
+            ..Default::default()
+        },
+        issued_at: AT,
+    };
+    Posting {
+        kind: PostingKind::Floors,
+        legs: vec![(Account::Federation, 0)],
+        evidence: vec![Signed::sign(floors, &scheduler_secret()).encode()],
+    }
+}
+
 /// What stays of a posting's records; nothing for records that prove nothing.
 pub fn gist(posting: &Posting) -> Vec<u8> {
     let examined = karez_ledger::examine(posting.clone(), scheduler());
@@ -444,6 +462,7 @@ pub fn all_kinds(jobs: u64) -> Vec<Posting> {
     let mut out = postings(jobs);
     let funded = grant_record(5_000_000, |_| {});
     out.push(rates(1));
+    out.push(floors(1, 40));
     out.push(fund(&funded));
     let order = order(1, 9_001, 4_000_000);
     let id = JobId(order.id());

@@ -34,6 +34,15 @@ impl Daemon {
         out: &mut Vec<Effect>,
         leave: &mut watch::Receiver<bool>,
     ) -> Result<bool, DaemonError> {
+        // First of all: once the rest is stored, nobody here remembers the lease.
+        for receipt in out.iter().filter_map(|effect| match effect {
+            Effect::Keep(receipt) => Some(receipt),
+            _ => None,
+        }) {
+            if let Err(error) = self.receipts.keep(receipt) {
+                tracing::error!(%error, receipt = %receipt.id(), "a receipt could not be kept in the node's folder");
+            }
+        }
         let mut transactions: Vec<Transaction> = Vec::new();
         let mut rest = Vec::new();
         let mut bytes = usize::MAX;
@@ -153,7 +162,7 @@ impl Daemon {
 
     fn carry_out(&mut self, effect: Effect) {
         match effect {
-            Effect::Persist(_) => {}
+            Effect::Persist(_) | Effect::Keep(_) => {}
             Effect::Send(to, message) => {
                 if let ToScheduler::Refused { key, .. } = &message {
                     self.pins.remove(key);

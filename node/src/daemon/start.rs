@@ -8,6 +8,7 @@ use crate::{
     energy::Meters,
     files::NodeFiles,
     probe::{self, Found},
+    receipts::Receipts,
     runner::{ALIVE_EVERY, Tools, Warm, WarmPolicy},
     server::{LOOK_EVERY, Server},
     session::{self, Dial},
@@ -58,6 +59,10 @@ impl Daemon {
         let scratch = files.scratch();
         sweep(&scratch).map_err(|error| DaemonError::Io {
             path: scratch.clone(),
+            error,
+        })?;
+        let receipts = Receipts::open(files.receipts()).map_err(|error| DaemonError::Io {
+            path: files.receipts(),
             error,
         })?;
         let (listener, requests) = control::listen(&files)?;
@@ -204,6 +209,7 @@ impl Daemon {
             fetches: BTreeMap::new(),
             pins: BTreeMap::new(),
             own,
+            receipts,
             offers,
             sessions: JoinSet::new(),
             peer,

@@ -45,7 +45,7 @@ use std::{
     sync::Arc,
     time::{Duration, Instant},
 };
-use warm::{Folder, Lent, ModelKey, Start};
+use warm::{Folder, Footprint, Lent, ModelKey, Start};
 pub(crate) use warm::{Warm, WarmPolicy};
 
 /// Progress is told at most this often.
@@ -179,6 +179,7 @@ pub(crate) async fn run(job: Job, tools: &Tools, stopped: Stopped, tell: Tell) -
         telling: Telling::new(tell.clone()),
         energy: tools.energy.clone(),
         span: tools.energy.begin(&job.gpus),
+        memory: Resident::default(),
         alive_at: tokio::time::Instant::now(),
         busy_ms: None,
         tell,
@@ -227,6 +228,7 @@ struct Running {
     telling: Telling,
     energy: Arc<energy::Meters>,
     span: Span,
+    memory: Resident,
     /// When it is next said that work goes on.
     alive_at: tokio::time::Instant,
     /// Processor time of the worker at the last look.
@@ -242,6 +244,39 @@ struct Line<'a, T> {
     id: Option<&'a Json>,
     #[serde(flatten)]
     what: T,
+}
+
+/// Resident memory of a lease's workers over time: each look stands for the time since the one before.
+#[derive(Default)]
+struct Resident {
+    of: Option<(Footprint, Instant)>,
+    byte_ms: u128,
+    seen: bool,
+}
+
+impl Resident {
+    /// From now on it is this one's.
+    fn follow(&mut self, footprint: Footprint) {
+        self.look();
+        self.of = Some((footprint, Instant::now()));
+    }
+
+    fn look(&mut self) {
+        if let Some((footprint, since)) = &mut self.of
+            && let Some(bytes) = footprint.bytes()
+        {
+            self.byte_ms += u128::from(bytes) * since.elapsed().as_millis();
+            *since = Instant::now();
+            self.seen = true;
+        }
+    }
+
+    /// Byte-seconds so far; nothing where it could never be looked at.
+    fn read(&mut self) -> Option<u64> {
+        self.look();
+        let seconds = u64::try_from(self.byte_ms / 1_000).unwrap_or(u64::MAX);
+        self.seen.then_some(seconds)
+    }
 }
 
 /// Where items come from.
@@ -344,6 +379,7 @@ impl Running {
     /// The meters so far, with the energy.
     fn metered(&mut self) -> WorkerMeters {
         WorkerMeters {
+            memory_byte_seconds: self.memory.read(),
             energy: self.span.read(&self.energy, self.meters.cpu),
             ..self.meters
         }
@@ -428,9 +464,12 @@ impl Running {
                 () = stopped.said() => return Err(Failure::Stopped),
             };
             self.loaded(began);
+            self.memory.follow(lent.footprint());
             let before = self.meters.items;
             let mut flight = VecDeque::new();
-            match self.items(&lent, &mut feed, &mut flight).await {
+            let done = self.items(&lent, &mut feed, &mut flight).await;
+            self.memory.look();
+            match done {
                 Ok(()) => return Ok(()),
                 Err(Failure::Fell(why)) => {
                     falls = if self.meters.items > before { 1 } else { falls + 1 };

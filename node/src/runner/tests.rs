@@ -256,6 +256,7 @@ async fn leases_on_one_model_share_its_worker() {
     assert_eq!(bench.tools.warm.idle(), 1);
     for ended in ended {
         assert!(ended.meters.tokens_out > 0, "{:?}", ended.exit);
+        assert!(ended.meters.memory_byte_seconds > Some(0), "{:?}", ended.meters);
         all.extend(lines_of(&bench, &ended));
         pins.push(ended.pin);
     }

@@ -57,7 +57,10 @@ impl Running {
             () = stopped.said() => return Err(Failure::Stopped),
         };
         self.loaded(began);
-        self.steps(train, tools, &lent).await
+        self.memory.follow(lent.footprint());
+        let done = self.steps(train, tools, &lent).await;
+        self.memory.look();
+        done
     }
 
     async fn steps(&mut self, train: &Train, tools: &Tools, lent: &Lent) -> Result<Pin, Failure> {

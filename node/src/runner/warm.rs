@@ -154,6 +154,11 @@ impl Lent {
         &self.held.worker
     }
 
+    /// What it keeps in memory.
+    pub(super) fn footprint(&self) -> Footprint {
+        Footprint(Arc::downgrade(&self.held))
+    }
+
     /// Generations it computes at a time.
     pub(super) fn sequences(&self) -> usize {
         self.held.sequences.into()
@@ -174,6 +179,24 @@ impl Lent {
     /// The directory of the adapters it may read; a trainer's own, where it may write.
     pub(super) fn adapters(&self) -> &Path {
         &self.held.adapters.0
+    }
+}
+
+/// What a lease's worker keeps in memory, as far as it is this lease's.
+#[derive(Debug)]
+pub(super) struct Footprint(Weak<Held>);
+
+impl Footprint {
+    /// Resident bytes now, shared among the leases that use the worker; nothing where the system does not tell.
+    pub(super) fn bytes(&self) -> Option<u64> {
+        let held = self.0.upgrade()?;
+        let status = std::fs::read_to_string(format!("/proc/{}/status", held.worker.pid())).ok()?;
+        let resident = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
+        let kib: u64 = resident.split_ascii_whitespace().next()?.parse().ok()?;
+        let bytes = kib.saturating_mul(1024);
+        // Each lease holds it once, the list of workers and this look do too.
+        let leases = Arc::strong_count(&held).saturating_sub(2).max(1);
+        Some(bytes / leases as u64)
     }
 }
 

@@ -135,3 +135,47 @@ fn a_grant_pays_first_and_gets_its_rest_back() {
     assert_eq!(bench.c.grants().count(), 0);
     assert_eq!(bench.booked.balance(&Account::Federation), -10_001_000);
 }
+
+fn promised(version: u32, half_life: u64, who: &str) -> Filed {
+    let floors = crate::records::Floors {
+        scheduler: SchedulerId(PublicKey::of(&secret_of(who))),
+        version,
+        shares: crate::fair::Shares {
+            floor_percent: 30,
+            half_life: Millis(half_life),
+            ..crate::fair::Shares::default()
+        },
+        issued_at: UtcMillis(START),
+    };
+    Filed::Floors(Signed::sign(floors, &secret_of(who)))
+}
+
+#[test]
+fn signed_floors_count_instead_of_the_settings_even_over_a_restart() {
+    let mut bench = Bench::new("b:1gpu@1");
+    settled(&mut bench, 1);
+    assert_eq!(
+        (bench.c.floors().version, bench.c.floors().shares.floor_percent),
+        (0, 50)
+    );
+    let week = config().shares.half_life.0;
+    let refused = file(&mut bench, "user", promised(1, week, "user"));
+    assert!(refused.contains("operator"), "{refused}");
+    let refused = file(&mut bench, "scheduler", promised(2, week, "scheduler"));
+    assert!(refused.contains("the next one is 1"), "{refused}");
+    assert_eq!(
+        file(&mut bench, "scheduler", promised(1, week, "scheduler")),
+        "Filed"
+    );
+    assert_eq!(bench.c.fair.shares().floor_percent, 30);
+    bench.restart();
+    assert_eq!(
+        (bench.c.floors().version, bench.c.fair.shares().floor_percent),
+        (1, 30)
+    );
+    // Histories were counted with another half-life: it waits for a start, where they are counted anew.
+    file(&mut bench, "scheduler", promised(2, week / 2, "scheduler"));
+    assert_eq!(bench.c.fair.shares().half_life.0, week);
+    bench.restart();
+    assert_eq!(bench.c.fair.shares().half_life.0, week / 2);
+}
