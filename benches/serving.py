@@ -1,10 +1,12 @@
 """Answers through the whole network beside the worker alone: the same file, the same threads, taking turns.
 
     benches/serving.py KAREZ OUT.json [--lines 10000] [--trace azure_llm_conv.csv] [--requests 60]
+                       [--large MODEL.gguf] [--python PYTHON]
 
 KAREZ is the release binary. Everything runs on this machine and talks to loopback only: three nodes share its cores, which
-is why three of them are no faster than one. Wants nothing but Python's own library. Figures are medians unless they say
-otherwise; ratios hold better than what they are made of.
+is why three of them are no faster than one. Wants nothing but Python's own library. MODEL.gguf is a large model to measure
+beside the shipped one; PYTHON has llama-cpp-python, whose llama.cpp is then the peer of the whole path. Figures are medians
+unless they say otherwise; ratios are medians of neighbouring turns, and hold better than what they are made of.
 """
 import argparse
 import csv
@@ -17,6 +19,7 @@ import shutil
 import statistics
 import struct
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -25,6 +28,9 @@ QUESTION = "How should I wash my hands?"
 MODEL = "karez-tiny"
 NODE = "hill-institute"
 MANY = 16
+CONTEXT = 512
+# Tokens that end an answer are forbidden to all: every answer is as long as it was asked to be.
+ENDS = [0, 1, 2]
 # What the nodes of `karez up` lend here; the worker alone gets as many.
 THREADS = 1
 
@@ -38,11 +44,12 @@ class Worker:
             env={**os.environ, "GOMP_SPINCOUNT": "100"},
         )
         self.ids, self.waiting, self.lock = 0, {}, threading.Lock()
-        load = {"type": "load", "model": str(model), "kind": "generate", "context_tokens": 512, "threads": threads,
-                "sequences": MANY, "cache_tokens": 512 * MANY, "memory_limit": None, "gpu_layers": 0}
+        load = {"type": "load", "model": str(model), "kind": "generate", "context_tokens": CONTEXT, "threads": threads,
+                "sequences": MANY, "cache_tokens": CONTEXT * MANY, "memory_limit": None, "gpu_layers": 0}
         self.say(load)
         ready = self.hear()
         assert ready["type"] == "ready", ready
+        self.engine = ready["engine"]
         threading.Thread(target=self.listen, daemon=True).start()
 
     def say(self, message):
@@ -65,13 +72,13 @@ class Worker:
                 run["reply"], run["last"] = reply, time.perf_counter()
                 run["over"].set()
 
-    def ask(self, text, tokens):
+    def ask(self, text, tokens, raw=False):
         with self.lock:
             self.ids += 1
             name = self.ids
         run = self.waiting[name] = {"first": None, "over": threading.Event()}
-        work = {"type": "generate", "prompt": {"type": "text", "text": text}, "max_tokens": tokens, "temperature": 0.0,
-                "logit_bias": [[0, -100.0], [1, -100.0], [2, -100.0]]}
+        work = {"type": "generate", "prompt": {"type": "raw" if raw else "text", "text": text}, "max_tokens": tokens,
+                "temperature": 0.0, "logit_bias": [[token, -100.0] for token in ENDS]}
         began = time.perf_counter()
         self.say({"type": "run", "id": name, "work": work})
         assert run["over"].wait(300)
@@ -91,7 +98,7 @@ class Network:
         self.run("up", "--json")
         key = json.loads(self.run("key", "new", "--name", "bench", "--budget", "50", "--json"))
         self.key, self.address = key["api_key"], key["base_url"].removeprefix("http://").split("/")[0]
-        self.extra = []
+        self.extra, self.reopened = [], False
 
     def run(self, *args):
         env = {**os.environ, "KAREZ_HOME": str(self.home), "NO_COLOR": "1"}
@@ -99,18 +106,23 @@ class Network:
         assert said.returncode == 0, (args, said.stderr)
         return said.stdout
 
-    def reopen(self, slots):
-        """The node again, with so many slots, and the memory for them."""
+    def reopen(self, slots, threads=THREADS):
+        """The node again, with so many slots and threads, and the memory for them."""
+        for process in self.extra:
+            process.kill()
+            process.wait()
+        self.extra = []
         folder = self.home / "up" / NODE
         settings = (folder / "node.toml").read_text()
-        lines = [f"cpu_slots = {slots}\nmemory = \"12 GiB\"\nthreads = {THREADS}" if line.startswith("cpu_slots") else line
+        lines = [f"cpu_slots = {slots}\nmemory = \"12 GiB\"\nthreads = {threads}" if line.startswith("cpu_slots") else line
                  for line in settings.splitlines() if not line.startswith(("memory", "threads"))]
         (folder / "node.toml").write_text("\n".join(lines) + "\n")
         known = (self.home / "up" / "network.toml").read_text()
         for table in known.split("[[process]]")[1:]:
-            if NODE in table:
+            if NODE in table and not self.reopened:
                 pid = int(next(line for line in table.splitlines() if line.startswith("pid")).split("=")[1])
                 os.kill(pid, 9)
+        self.reopened = True
         env = {**os.environ, "KAREZ_HOME": str(self.home)}
         log = open(self.home / "bench.log", "ab")
         self.extra.append(subprocess.Popen([self.karez, "node", "run", "--dir", str(folder)], env=env, stdout=log, stderr=log))
@@ -121,15 +133,19 @@ class Network:
             time.sleep(0.1)
         raise RuntimeError("the node did not come back")
 
-    def ask(self, text, tokens):
+    def ask(self, text, tokens, raw=False, model=MODEL):
         """Through the gateway, streamed: when it was asked, when the first and the last word came, how many."""
-        body = {"model": MODEL, "messages": [{"role": "user", "content": text}], "max_tokens": tokens, "temperature": 0,
-                "stream": True, "stream_options": {"include_usage": True}, "logit_bias": {"0": -100, "1": -100, "2": -100},
-                "karez": {"institutions": [NODE], "max_cost": 0.1}}
+        body = {"model": model, "max_tokens": tokens, "temperature": 0, "stream": True,
+                "stream_options": {"include_usage": True}, "karez": {"institutions": [NODE], "max_cost": 0.1},
+                "logit_bias": {str(token): -100 for token in ENDS}}
+        if raw:
+            path, body["prompt"] = "/v1/completions", text
+        else:
+            path, body["messages"] = "/v1/chat/completions", [{"role": "user", "content": text}]
         link = http.client.HTTPConnection(self.address, timeout=300)
         link.connect()
         began, first, last, count = time.perf_counter(), None, None, 0
-        link.request("POST", "/v1/chat/completions", json.dumps(body),
+        link.request("POST", path, json.dumps(body),
                      {"Authorization": f"Bearer {self.key}", "Content-Type": "application/json"})
         answer = link.getresponse()
         assert answer.status == 200, answer.read()
@@ -138,12 +154,13 @@ class Network:
                 continue
             chunk = json.loads(line[6:])
             assert "error" not in chunk, chunk
-            if chunk["choices"] and chunk["choices"][0]["delta"].get("content"):
+            if chunk["choices"] and (chunk["choices"][0].get("text") or chunk["choices"][0].get("delta", {}).get("content")):
                 last = time.perf_counter()
                 first = first or last
             count = (chunk.get("usage") or {}).get("completion_tokens", count)
         link.close()
-        return began, first, last, count
+        over = time.perf_counter()
+        return began, first or over, last or over, count
 
     def close(self):
         for process in self.extra:
@@ -152,15 +169,94 @@ class Network:
         self.run("down")
 
 
-def together(ask, count, tokens, apart):
-    """So many questions, one after the other by `apart` seconds: tokens per second from the first to the last word."""
-    results, threads = [None] * count, []
+class Peer:
+    """llama.cpp itself, through llama-cpp-python in a process of its own."""
+
+    def __init__(self, python, model, threads):
+        script = pathlib.Path(__file__).with_name("llama_peer.py")
+        self.process = subprocess.Popen([python, script, str(model), str(threads), str(CONTEXT)], stdin=subprocess.PIPE,
+                                        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        self.about = self.hear()
+
+    def hear(self):
+        line = self.process.stdout.readline()
+        assert line, "the peer came to nothing"
+        return json.loads(line)
+
+    def ask(self, text, tokens):
+        """Seconds to read, seconds to write the rest, how many were read and written."""
+        self.process.stdin.write(json.dumps([text, tokens, ENDS]) + "\n")
+        self.process.stdin.flush()
+        return self.hear()
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def letters(length, which):
+    """A text that begins like no other of this run, of so many single letters."""
+    state, text = which * 7919 + 1, f"{which}."
+    while len(text) < length:
+        state = (state * 6364136223846793005 + 1442695040888963407) % 2**64
+        text += chr(97 + (state >> 59) % 26)
+    return text
+
+
+def whole_path(karez, network, peer, path, name, prompt, decode, turns, threads):
+    """Prompt and decode speed of one model: through gateway, scheduler, node and worker; of the worker alone; of the peer."""
+    worker = Worker(karez, path, threads)
+    kinds = {"through_the_network": lambda *ask: network.ask(*ask, raw=True, model=name),
+             "worker_alone": lambda *ask: worker.ask(*ask, raw=True)}
+    if peer:
+        kinds["llama_cpp_python"] = peer.ask
+    read = {kind: [] for kind in kinds}
+    write = {kind: [] for kind in kinds}
+    many = {kind: [] for kind in kinds}
+    for turn in range(turns + 1):
+        for at, (kind, ask) in enumerate(kinds.items()):
+            # The same text for all, and new in each turn. The first turn warms up.
+            one, two = letters(prompt, turn * 2), letters(16, turn * 2 + 1)
+            if name == MODEL:
+                two = f"<|im_start|>user\n{QUESTION} {turn}<|im_end|>\n<|im_start|>assistant\n"
+            if kind == "llama_cpp_python":
+                reading, writing = ask(one, 1)["read_s"], ask(two, decode)
+                pace = (writing["wrote"] - 1) / writing["write_s"]
+            else:
+                began, first, _, _ = ask(one, 1)
+                reading = first - began
+                _, first, last, count = ask(two, decode)
+                pace = (count - 1) / (last - first)
+            texts = [letters(32, turn * MANY + n + 1000) for n in range(MANY)]
+            if kind == "llama_cpp_python":
+                all_of_them = ask(texts, decode // 2)["tokens_per_s"]
+            else:
+                all_of_them = together(ask, texts, decode // 2, 0.002)
+            if turn:
+                read[kind].append(prompt / reading)
+                write[kind].append(pace)
+                many[kind].append(all_of_them)
+    worker.close()
+    middle = statistics.median
+    told = {"model": name, "threads": threads, "engine": worker.engine, "turns": turns, "aim": ">= 0.97, sixteen >= 0.95"}
+    for what, values in (("prompt_tokens_per_s", read), ("decode_tokens_per_s", write), ("sixteen_tokens_per_s", many)):
+        told[what] = {kind: round(middle(all), 1) for kind, all in values.items()}
+        for other in kinds:
+            if other != "through_the_network":
+                pairs = zip(values["through_the_network"], values[other])
+                told[what][f"ratio_to_{other}"] = round(middle(a / b for a, b in pairs), 3)
+    return told
+
+
+def together(ask, texts, tokens, apart):
+    """These questions, one after the other by `apart` seconds: tokens per second from the first to the last word."""
+    results, threads = [None] * len(texts), []
 
     def one(i):
-        results[i] = ask(f"{QUESTION} {i}", tokens)
+        results[i] = ask(texts[i], tokens)
 
     began = time.perf_counter()
-    for i in range(count):
+    for i in range(len(texts)):
         thread = threading.Thread(target=one, args=(i,))
         thread.start()
         threads.append(thread)
@@ -169,6 +265,10 @@ def together(ask, count, tokens, apart):
         thread.join()
     assert all(results), "a question came to nothing"
     return sum(result[3] for result in results) / (max(result[2] for result in results) - began)
+
+
+def questions(count):
+    return [f"{QUESTION} {i}" for i in range(count)]
 
 
 def percentile(values, p):
@@ -182,7 +282,7 @@ def replay(network, trace, requests):
     with open(trace) as file:
         rows = [row for _, row in zip(range(requests), csv.DictReader(file))]
     at = [datetime.datetime.fromisoformat(row["TIMESTAMP"][:26]).timestamp() for row in rows]
-    speed = together(network.ask, MANY, 24, 0.0)
+    speed = together(network.ask, questions(MANY), 24, 0.0)
     lengths = [(min(int(row["ContextTokens"]) // 8, 300), max(2, min(int(row["GeneratedTokens"]) // 4, 96))) for row in rows]
     span = sum(read + write for read, write in lengths) / (speed / 4)
     stretch = span / max(at[-1] - at[0], 0.001)
@@ -231,6 +331,8 @@ def main():
     parser.add_argument("--trace")
     parser.add_argument("--requests", type=int, default=60)
     parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--large", type=pathlib.Path)
+    parser.add_argument("--python")
     args = parser.parse_args()
     karez = str(pathlib.Path(args.karez).resolve())
     model = pathlib.Path(__file__).resolve().parent.parent / "engine/models/karez-tiny.gguf"
@@ -252,11 +354,11 @@ def main():
                     began, first, last, count = ask(f"{QUESTION} {turn} {i}", 256)
                     firsts.append((first - began) * 1000)
                     speeds.append((count - 1) / (last - first))
-            alone.append(together(worker.ask, MANY, 48, 0.005))
-            many.append(together(network.ask, MANY, 48, 0.005))
+            alone.append(together(worker.ask, questions(MANY), 48, 0.005))
+            many.append(together(network.ask, questions(MANY), 48, 0.005))
         short = min(args.lines, 200)
         began = time.perf_counter()
-        together(worker.ask, short, 2, 0.0)
+        together(worker.ask, questions(short), 2, 0.0)
         figures["batch_lines_per_s"]["worker_alone"] = short / (time.perf_counter() - began)
         figures["batch_overhead_us_per_line"] = 1e6 / one - 1e6 / figures["batch_lines_per_s"]["worker_alone"]
         worker.close()
@@ -267,6 +369,21 @@ def main():
                                           "ratio": middle(whole) / middle(single), "aim": ">= 0.97"}
         figures["sixteen_tokens_per_s"] = {"worker_alone": middle(alone), "through_the_network": middle(many),
                                            "ratio": middle(many) / middle(alone), "aim": ">= 0.95 of llama.cpp's own"}
+        for path, name, prompt, decode, turns in ((model, MODEL, 384, 200, 9), (args.large, "one-billion", 256, 48, 5)):
+            if path is None:
+                continue
+            if name != MODEL:
+                network.run("artifact", "add", str(path), "--model", name)
+            network.reopen(MANY, cores)
+            # Two of this model at once would share the processors: whoever is not asked sleeps.
+            peer = Peer(args.python, path, cores) if args.python else None
+            figures[f"whole_path_{name}"] = whole_path(karez, network, peer, path, name, prompt, decode, turns, cores)
+            if peer:
+                figures[f"whole_path_{name}"]["peer"] = peer.about
+                peer.close()
+        if args.python is None:
+            print("llama-cpp-python is no peer here: KAREZ_BENCH_LLAMA names no Python that has it", file=sys.stderr)
+        network.reopen(MANY)
         if args.trace:
             figures["trace"] = replay(network, args.trace, args.requests)
     finally:

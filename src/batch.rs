@@ -16,9 +16,6 @@ use karez_scheduler::BatchFile;
 use serde_json::{Map, Value, json};
 use std::{io, path::Path};
 
-/// Tokens of an answer whose line does not say.
-const TOKENS_MAX: u32 = 2048;
-
 /// Whether the path is a batch file's.
 pub(crate) fn is_one(path: &Path) -> bool {
     path.extension().is_some_and(|e| e == "jsonl")
@@ -44,7 +41,7 @@ pub(crate) async fn submit(context: &Context, path: &Path, options: JobOptions) 
         What::Generate {
             model: batch.model.clone(),
             sampling: Sampling {
-                max_tokens: TOKENS_MAX,
+                max_tokens: batch.tokens_max,
                 temperature_milli: 0,
                 top_k: 0,
                 top_p_milli: 1000,

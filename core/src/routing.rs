@@ -42,9 +42,13 @@ const WARM_MAX: usize = 64;
 pub struct Prefix(Vec<u64>);
 
 impl Prefix {
-    /// Of a text, for a model. The last block counts only when it is full.
-    pub fn of(model: &Digest, text: &str) -> Self {
-        let mut before = model.0;
+    /// Of a text, for a model with what goes over it: an adapter reads a prompt otherwise. The last block counts only when it
+    /// is full.
+    pub fn of(model: &Digest, adapter: Option<&Digest>, text: &str) -> Self {
+        let mut before = match adapter {
+            None => model.0,
+            Some(adapter) => *blake3::hash(&[model.0, adapter.0].concat()).as_bytes(),
+        };
         let blocks = text.as_bytes().chunks_exact(BLOCK_BYTES).take(BLOCKS_MAX);
         let hashes = blocks.map(|block| {
             let mut hasher = blake3::Hasher::new();
@@ -421,16 +425,18 @@ mod tests {
     fn prompts_share_what_they_begin_with() {
         let system = "You answer in Swahili. ".repeat(100);
         let (a, b) = (alloc::format!("{system}one"), alloc::format!("{system}two"));
-        let (a, b) = (Prefix::of(&model(), &a), Prefix::of(&model(), &b));
+        let (a, b) = (Prefix::of(&model(), None, &a), Prefix::of(&model(), None, &b));
         assert_eq!(a.hashes().len(), system.len() / BLOCK_BYTES);
         assert_eq!(a, b, "the last block is not full");
-        let other = Prefix::of(&Digest::of(b"other"), &system);
+        let other = Prefix::of(&Digest::of(b"other"), None, &system);
         assert_ne!(a.hashes()[0], other.hashes()[0]);
+        let adapted = Prefix::of(&model(), Some(&Digest::of(b"adapter")), &system);
+        assert_ne!(a.hashes()[0], adapted.hashes()[0]);
         assert_eq!(
-            Prefix::of(&model(), &"x".repeat(1 << 20)).hashes().len(),
+            Prefix::of(&model(), None, &"x".repeat(1 << 20)).hashes().len(),
             BLOCKS_MAX
         );
-        assert!(Prefix::of(&model(), "short").is_empty());
+        assert!(Prefix::of(&model(), None, "short").is_empty());
         let mut heat = Heat::default();
         let now = MonoMillis(5);
         assert!(!heat.is_fresh(now));
@@ -454,7 +460,7 @@ mod tests {
         let mut heat = Heat::default();
         for i in 0..100u32 {
             let text = alloc::format!("{i:08}").repeat(4_096);
-            heat.expect(model(), &Prefix::of(&model(), &text));
+            heat.expect(model(), &Prefix::of(&model(), None, &text));
         }
         assert!(heat.expected.len() <= PREFIXES_MAX);
         heat.tell(MonoMillis(0), &Warmth::default());

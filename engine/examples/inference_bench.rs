@@ -2,6 +2,7 @@
 //!
 //! ```sh
 //! cargo run --release --example inference_bench -- [result.json]
+//! cargo run --release --example inference_bench -- --write model.gguf    # only the large model, for others to measure
 //! ```
 //!
 //! The peer is llama.cpp's own loop through the same bindings in this process, with llama.cpp's defaults (batches of 512 and, for
@@ -51,11 +52,17 @@ struct Speed {
 }
 
 fn main() {
-    let out = std::env::args_os().nth(1).map(PathBuf::from);
+    let mut args = std::env::args_os().skip(1).map(PathBuf::from);
+    let out = args.next();
+    if out.as_deref() == Some(Path::new("--write")) {
+        return reference::write(&args.next().unwrap(), &reference::ONE_BILLION).unwrap();
+    }
+    // The peer computes with what the worker does.
+    let level = karez_engine::level::choose().unwrap();
     let threads = karez_engine::probe::cores();
     let load = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
     println!(
-        "load: {}, threads: {threads}, {}",
+        "load: {}, threads: {threads}, {level}, {}",
         load.trim(),
         karez_engine::probe::probe().cpu
     );
@@ -96,6 +103,7 @@ fn main() {
         "load": load.trim(),
         "threads": threads,
         "cpu": karez_engine::probe::probe().cpu,
+        "level": level,
         "peer": "llama.cpp's own loop, same bindings, in the measuring process",
         "models": results,
     });

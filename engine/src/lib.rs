@@ -9,6 +9,7 @@
 //! - [`probe`]: what this machine has to offer; [`provided`]: a provider's own trainer.
 //! - [`shipped`]: the small model that comes with Karez; [`reference`](mod@reference): random ones to measure with.
 //! - `worker` (with the feature of that name): the other end, the engines and the sandbox.
+//! - `level` (with the same feature): the instruction set that llama.cpp computes with.
 //! - `train` (with the same feature): a small Llama that learns, and its files.
 //!
 //! Not here: which model to run where (the scheduler), and fetching it (the artifact store).
@@ -25,6 +26,8 @@ pub mod shipped;
 pub mod text;
 pub mod unit;
 
+#[cfg(feature = "worker")]
+pub mod level;
 #[cfg(feature = "worker")]
 pub mod train;
 #[cfg(feature = "worker")]

@@ -27,7 +27,7 @@ pub struct Probe {
     pub gpus: Vec<Gpu>,
 }
 
-/// Levels of the instruction set. The engine needs [`Isa::X86V3`] or [`Isa::Aarch64`].
+/// Levels of the instruction set, as offers tell them. What llama.cpp computes with is finer: `level`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub enum Isa {
     /// Anything else, and x86-64 of before 2008.

@@ -8,6 +8,7 @@ use karez_engine::json::Json;
 use karez_engine::protocol::{
     Adapter, Finish, Generate, JsonSchema, Load, LoadKind, Output, ResponseFormat, TokenLogprob, Work,
 };
+use karez_engine::unit::Bytes;
 use karez_engine::{EngineError, FailureKind, Worker};
 
 async fn answer(worker: &Worker, request: Generate) -> (String, Finish, Vec<TokenLogprob>) {
@@ -292,6 +293,54 @@ async fn an_adapter_changes_its_own_request_only() {
             .contains("scale")
     );
     assert_eq!(answer(&worker, raw("water flows", 30)).await.0, plain);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn adapters_that_nobody_uses_make_room_for_others() {
+    let directory = tempfile::tempdir().unwrap();
+    let model = gguf_file(directory.path());
+    let adapters = directory.path().join("adapters");
+    std::fs::create_dir(&adapters).unwrap();
+    let adapter = common::lora("llama", None, 64);
+    let many = 40;
+    for n in 0..many {
+        std::fs::write(adapters.join(format!("{n}.gguf")), &adapter).unwrap();
+    }
+    let load = |memory: u64| Load {
+        threads: Some(1),
+        sequences: Some(4),
+        adapters: Some(adapters.clone()),
+        adapter_memory: Some(Bytes(memory)),
+        ..Load::new(LoadKind::Generate, &model)
+    };
+    let with = |n: usize| Generate {
+        adapter: Some(Adapter {
+            file: format!("{n}.gguf"),
+            scale: 1.0,
+        }),
+        ..raw("water flows", 12)
+    };
+    // Room for two and a bit.
+    let worker = worker().await;
+    worker
+        .load(load(adapter.len() as u64 * 5 / 2), None)
+        .await
+        .unwrap();
+    let plain = answer(&worker, raw("water flows", 12)).await.0;
+    let changed = answer(&worker, with(0)).await.0;
+    assert_ne!(plain, changed);
+    for n in (0..many).chain([0, many - 1]) {
+        assert_eq!(answer(&worker, with(n)).await.0, changed, "adapter {n}");
+    }
+    assert_eq!(answer(&worker, raw("water flows", 12)).await.0, plain);
+    worker.shutdown().await;
+    let worker = self::worker().await;
+    worker.load(load(100), None).await.unwrap();
+    let error = refusal(&worker, with(0)).await.to_string();
+    assert!(
+        error.contains("takes about 1 MiB") && error.contains("0 MiB are set aside"),
+        "{error}"
+    );
 }
 
 async fn vectors(worker: &Worker, texts: &[&str]) -> Vec<Vec<f32>> {

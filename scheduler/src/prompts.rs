@@ -21,8 +21,13 @@ pub(crate) fn prefix(store: &ArtifactStore, order: &Order) -> Prefix {
     let Ok(line) = store.read(&order.input, INPUT_MAX) else {
         return Prefix::default();
     };
+    let adapter = g.adapter.as_ref().map(|adapter| &adapter.digest);
     match serde_json::from_slice(&line) {
-        Ok(parsed) => Prefix::of(&g.model.digest, &text(g, &parsed, tools(&line).as_deref())),
+        Ok(parsed) => Prefix::of(
+            &g.model.digest,
+            adapter,
+            &text(g, &parsed, tools(&line).as_deref()),
+        ),
         Err(_) => Prefix::default(),
     }
 }

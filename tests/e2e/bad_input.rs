@@ -64,6 +64,14 @@ fn broken_model_files_are_refused_before_anything_is_sent() {
     let magic = net.file("magic.gguf", &gguf);
     net.run(&["artifact", "add", &magic, "--model", "magic"])
         .refused(3, &["magic.gguf"]);
+    // One that claims a matrix of a million million columns is refused before anybody makes room for it.
+    let mut gguf = karez_engine::shipped::MODEL.to_vec();
+    let name = b"token_embd.weight";
+    let at = gguf.windows(name.len()).position(|bytes| bytes == name).unwrap() + name.len() + 4;
+    gguf[at..at + 8].copy_from_slice(&(1u64 << 40).to_le_bytes());
+    let lies = net.file("lies.gguf", &gguf);
+    net.run(&["artifact", "add", &lies, "--model", "lies"])
+        .refused(3, &["lies.gguf", "token_embd.weight"]);
     let dir = net.path("encoder");
     fs::create_dir(&dir).unwrap();
     fs::write(dir.join("config.json"), "{}").unwrap();
@@ -72,7 +80,10 @@ fn broken_model_files_are_refused_before_anything_is_sent() {
     net.run(&["artifact", "add", dir.to_str().unwrap(), "--model", "enc"])
         .refused(3, &["model.safetensors"]);
     let models = net.run(&["models", "--json"]).ok().out;
-    assert!(!models.contains("cut") && !models.contains("magic"), "{models}");
+    assert!(
+        !models.contains("cut") && !models.contains("magic") && !models.contains("lies"),
+        "{models}"
+    );
 }
 
 #[test]

@@ -2,6 +2,8 @@
 use serde_json::Value;
 use std::{
     fs,
+    io::Write,
+    net::TcpStream,
     path::{Path, PathBuf},
     process::{Child, Command, Output, Stdio},
     thread,
@@ -240,6 +242,22 @@ impl Net {
             .map(|l| serde_json::from_str(l).unwrap())
             .collect()
     }
+}
+
+/// A request to the gateway on its way: what it answers can be read.
+pub(crate) fn asked(key: &Value, path: &str, body: &Value) -> TcpStream {
+    let base = key["base_url"].as_str().unwrap();
+    let address = base.strip_prefix("http://").unwrap().strip_suffix("/v1").unwrap();
+    let (token, body) = (key["api_key"].as_str().unwrap(), body.to_string());
+    let mut stream = TcpStream::connect(address).unwrap();
+    write!(
+        stream,
+        "POST {path} HTTP/1.1\r\nhost: {address}\r\nauthorization: Bearer {token}\r\nconnection: close\r\n\
+         content-length: {}\r\n\r\n{body}",
+        body.len()
+    )
+    .unwrap();
+    stream
 }
 
 /// Settlements of that job in an exported ledger that moved credits or not.

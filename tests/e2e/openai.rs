@@ -1,8 +1,8 @@
 //! The official OpenAI client from PyPI, unmodified, against a real network.
-use crate::net::{Net, encoder, kill_9};
+use crate::net::{Net, asked, encoder, kill_9};
 use serde_json::Value;
 use std::{
-    io::{BufRead, BufReader},
+    io::{BufRead, BufReader, Read},
     path::{Path, PathBuf},
     process::{Command, Stdio},
     sync::OnceLock,
@@ -76,7 +76,15 @@ impl Served {
 #[test]
 fn the_client_finds_what_it_expects() {
     let served = Served::up("5");
-    for check in ["models", "chat", "schema", "completions", "errors", "wishes"] {
+    for check in [
+        "models",
+        "chat",
+        "schema",
+        "completions",
+        "errors",
+        "wishes",
+        "verification",
+    ] {
         served.check(&[check]);
     }
     // Everything was billed to the key, and nothing beyond it to the user.
@@ -100,7 +108,99 @@ fn the_client_finds_what_it_expects() {
 fn a_batch_is_answered_in_order_and_each_line_once() {
     let served = Served::up("5");
     served.check(&["batches"]);
+    let minilm = encoder();
+    if let Some(minilm) = &minilm {
+        served
+            .net
+            .run(&["artifact", "add", minilm, "--model", "minilm"])
+            .ok();
+    }
+    served.check(&["more_batches", if minilm.is_some() { "minilm" } else { "" }]);
     served.net.verified_ledger();
+}
+
+/// The most memory a process has held, in MiB.
+fn peak_mib(pid: i32) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix("VmHWM:"))
+        .unwrap();
+    line.trim()
+        .strip_suffix(" kB")
+        .unwrap()
+        .trim()
+        .parse::<u64>()
+        .unwrap()
+        >> 10
+}
+
+/// 3,000 lines; a million with KAREZ_LONG. Whatever their number, what scheduler and nodes hold of them is the same.
+#[test]
+fn a_long_batch_loses_nothing_when_a_node_dies_and_is_held_by_nobody() {
+    let lines = match std::env::var_os("KAREZ_LONG") {
+        Some(_) => 1_000_000,
+        None => 3_000,
+    };
+    let served = Served::up("5");
+    let Some(mut client) = served.client(&["many", &lines.to_string()]) else {
+        return;
+    };
+    let daemons = [served.net.pid("scheduler"), served.net.pid("lake-university")];
+    let before = daemons.map(peak_mib);
+    let mut client = client
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut said = BufReader::new(client.stdout.take().unwrap()).lines();
+    assert_eq!(
+        said.next().map(Result::unwrap).as_deref(),
+        Some("begun"),
+        "{}",
+        served.net.logs()
+    );
+    // In the middle of it: some parts are done, others under way there.
+    std::thread::sleep(Duration::from_secs(2));
+    kill_9(served.net.pid("hill-institute"));
+    let ended = client.wait_with_output().unwrap();
+    let error = String::from_utf8_lossy(&ended.stderr);
+    assert!(ended.status.success(), "{error}\n{}", served.net.logs());
+    let grown: Vec<u64> = daemons
+        .map(peak_mib)
+        .iter()
+        .zip(before)
+        .map(|(after, before)| after - before)
+        .collect();
+    println!("{lines} lines: scheduler and a node grew by {grown:?} MiB");
+    assert!(grown.iter().all(|mib| *mib < 160), "{grown:?} MiB");
+    served.net.verified_ledger();
+}
+
+/// The shipped model with a template that shows tools, calls and their results.
+fn with_tools() -> Vec<u8> {
+    const TEMPLATE: &str = "{% for t in tools or [] %}{{ t|tojson }}{% endfor %}{% for m in messages %}{{ m.role + '\\n' + \
+                            (m.content or '') }}{% if m.tool_calls %}{{ m.tool_calls|tojson }}{% endif %}{% endfor %}";
+    const KEY: &[u8] = b"tokenizer.chat_template";
+    let mut gguf = karez_engine::shipped::MODEL.to_vec();
+    let at = gguf.windows(KEY.len()).position(|bytes| bytes == KEY).unwrap() + KEY.len();
+    // A type of four bytes, a length of eight, the text: the new one is made as long.
+    let length = u64::from_le_bytes(gguf[at + 4..at + 12].try_into().unwrap()) as usize;
+    let template = format!("{TEMPLATE:length$}");
+    assert_eq!(template.len(), length, "the template is too long");
+    gguf[at + 12..at + 12 + length].copy_from_slice(template.as_bytes());
+    gguf
+}
+
+#[test]
+fn tools_reach_the_template() {
+    let served = Served::up("5");
+    let path = served.net.file("tools.gguf", with_tools());
+    served
+        .net
+        .run(&["artifact", "add", &path, "--model", "with-tools"])
+        .ok();
+    served.check(&["tools", "with-tools"]);
 }
 
 #[test]
@@ -143,18 +243,28 @@ fn a_conversation_from_the_command_line_is_written_as_it_comes() {
         .as_str()
         .unwrap()
         .to_owned();
-    let streamed = net
-        .run(&["generate", "--stream", "--json", "--max-tokens", "24", question])
-        .ok()
-        .out;
+    // Long enough to be written for a while, as hardly any token is likelier than another: what comes within some
+    // milliseconds is one piece.
+    let long = [
+        "--json",
+        "--temperature",
+        "3",
+        "--seed",
+        "5",
+        "--max-tokens",
+        "400",
+        question,
+    ];
+    let streamed = net.run(&[&["generate", "--stream"], &long[..]].concat()).ok().out;
     let lines: Vec<Value> = streamed
         .lines()
         .map(|l| serde_json::from_str(l).unwrap())
         .collect();
     let pieces: Vec<&str> = lines.iter().filter_map(|l| l["piece"].as_str()).collect();
     assert!(pieces.len() > 1, "it came in one piece: {streamed}");
-    assert_eq!(pieces.concat(), whole);
-    assert_eq!(lines.last().unwrap()["text"], Value::from(whole.clone()));
+    let same = net.run(&[&["generate"], &long[..]].concat()).ok().json()["answers"][0]["text"].clone();
+    assert_eq!(Value::from(pieces.concat()), same);
+    assert_eq!(lines.last().unwrap()["text"], same);
 
     let mut chat = crate::net::karez(&net.home, &["chat", "--json", "--max-tokens", "24"])
         .stdin(Stdio::piped())
@@ -228,6 +338,35 @@ fn a_client_that_goes_away_ends_its_job() {
         .until(Duration::from_secs(20), "the job to be called off", || {
             (served.left() == 5_000_000).then_some(())
         });
+}
+
+#[test]
+fn a_client_that_does_not_read_holds_up_nobody() {
+    let served = Served::up("5");
+    let question = |tokens: usize| {
+        serde_json::json!({
+            "model": "karez-tiny", "messages": [{"role": "user", "content": "How should I wash my hands?"}],
+            "max_tokens": tokens, "temperature": 0, "stream": true, "logit_bias": {"0": -100, "1": -100, "2": -100},
+            "karez": {"institutions": ["hill-institute"]},
+        })
+    };
+    // The node lends one device: what is not read must not keep it.
+    let deaf: Vec<_> = (0..3)
+        .map(|_| asked(&served.key, "/v1/chat/completions", &question(440)))
+        .collect();
+    let began = std::time::Instant::now();
+    let mut said = String::new();
+    asked(&served.key, "/v1/chat/completions", &question(4))
+        .read_to_string(&mut said)
+        .unwrap();
+    assert!(said.contains("[DONE]") && !said.contains("\"error\""), "{said}");
+    assert!(began.elapsed() < Duration::from_secs(60), "{:?}", began.elapsed());
+    // What was written waits for whoever reads at last.
+    for mut stream in deaf {
+        let mut said = String::new();
+        stream.read_to_string(&mut said).unwrap();
+        assert!(said.contains("[DONE]") && !said.contains("\"error\""), "{said}");
+    }
 }
 
 #[test]

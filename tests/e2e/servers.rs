@@ -1,5 +1,5 @@
 //! Nodes that front a server: a real one (another Karez network), and ones that misbehave.
-use crate::net::{Net, encoder, kill_9};
+use crate::net::{Net, asked, encoder, kill_9};
 use serde_json::{Value, json};
 use std::{
     fs,
@@ -200,6 +200,7 @@ enum Way {
     Lies,
     BreaksOff,
     NoUsage,
+    Falsely,
 }
 
 /// A server with one model, whose ways can be changed while it runs. It goes away with the test's process.
@@ -264,7 +265,11 @@ fn answer(mut stream: TcpStream, way: u8) -> Option<()> {
     if is(Way::Rubbish) {
         return write!(stream, "data: {{\"choices\": 7}}\n\n").ok();
     }
-    for word in ["Wash ", "them ", "well."] {
+    let words = match is(Way::Falsely) {
+        false => ["Wash ", "them ", "well."],
+        true => ["Wash ", "them ", "never."],
+    };
+    for word in words {
         let chunk = json!({"choices": [{"index": 0, "delta": {"content": word}, "finish_reason": null}]});
         write!(stream, "data: {chunk}\n\n").ok()?;
         stream.flush().ok()?;
@@ -288,7 +293,7 @@ fn a_server_that_misbehaves_is_left_for_another() {
     let mut net = Net::up();
     let (odd, good) = (Odd::up(), Odd::up());
     let settings = |server: &Odd| format!("[server]\nurl = {:?}\nsilence = \"1 s\"\n", server.url);
-    front(&mut net, "coast-computing", "0.3", &settings(&good), "odd");
+    front(&mut net, "coast-computing", "9", &settings(&good), "odd");
     // Donated, while the other is paid for: always the first choice.
     front(&mut net, "hill-institute", "0", &settings(&odd), "odd");
     let ask = [
@@ -322,5 +327,51 @@ fn a_server_that_misbehaves_is_left_for_another() {
     let methods = methods(&net);
     assert!(methods.iter().any(|m| m == "wall+bytes-by-four/1"), "{methods:?}");
     assert!(methods.iter().any(|m| m == "wall+server-usage/1"), "{methods:?}");
+    net.verified_ledger();
+}
+
+/// What the gateway answers to a request.
+fn post(key: &Value, path: &str, body: &Value) -> Value {
+    let mut said = String::new();
+    asked(key, path, body).read_to_string(&mut said).unwrap();
+    let body = said.split_once("\r\n\r\n").unwrap().1;
+    serde_json::from_str(body).unwrap_or_else(|error| panic!("{error}: {said}"))
+}
+
+#[test]
+fn a_second_answer_tells_that_one_of_them_is_false() {
+    let mut net = Net::up();
+    let (one, other) = (Odd::up(), Odd::up());
+    let settings = |server: &Odd| format!("[server]\nurl = {:?}\n", server.url);
+    front(&mut net, "coast-computing", "9", &settings(&other), "odd");
+    front(&mut net, "hill-institute", "0", &settings(&one), "odd");
+    let key = net
+        .run(&["key", "new", "--name", "careful", "--budget", "5", "--json"])
+        .ok()
+        .json();
+    let ask = json!({
+        "model": "odd", "messages": [{"role": "user", "content": QUESTION}], "max_tokens": 24,
+        "karez": {"verification": "repeat"},
+    });
+    let answer = post(&key, "/v1/chat/completions", &ask);
+    assert_eq!(answer["karez"]["verification"]["agrees"], true, "{answer}");
+    one.be(Way::Falsely);
+    let answer = post(&key, "/v1/chat/completions", &ask);
+    let told = &answer["karez"]["verification"];
+    assert_eq!(
+        answer["choices"][0]["message"]["content"], "Wash them never.",
+        "{answer}"
+    );
+    assert_eq!(
+        (&told["agrees"], &told["agreed_characters"]),
+        (&json!(false), &json!(10)),
+        "{answer}"
+    );
+    assert_eq!(told["institution"], "coast-computing", "{answer}");
+    // Both were paid for what they did, and each has a receipt.
+    assert!(
+        told["receipt"].is_string() && told["receipt"] != answer["karez"]["receipt"],
+        "{answer}"
+    );
     net.verified_ledger();
 }

@@ -5,6 +5,7 @@ those of the network.
 """
 import json
 import sys
+import tempfile
 import time
 
 import openai
@@ -40,7 +41,10 @@ def chat(_):
     assert whole.usage.completion_tokens > 0 and whole.usage.prompt_tokens > 0, whole
     assert whole.usage.total_tokens == whole.usage.completion_tokens + whole.usage.prompt_tokens
     assert whole.karez["institution"], whole
-    # The same, as it is written.
+    # The same, as it is written; long enough to be written for a while. Tokens that end an answer are forbidden.
+    ask = dict(ask, max_completion_tokens=300, logit_bias={"0": -100, "1": -100, "2": -100})
+    whole = client.chat.completions.create(**ask)
+    choice = whole.choices[0]
     text, role, finish, usage, pieces = "", None, None, None, 0
     for chunk in client.chat.completions.create(**ask, stream=True, stream_options={"include_usage": True}):
         if not chunk.choices:
@@ -59,9 +63,26 @@ def chat(_):
     # Log-probabilities and sampling controls.
     logs = client.chat.completions.create(**ask, logprobs=True, top_logprobs=2, stop=["\n"], seed=7).choices[0]
     assert logs.logprobs.content and len(logs.logprobs.content[0].top_logprobs) == 2, logs
-    # Tools reach the template; unknown fields are passed over.
-    tool = {"type": "function", "function": {"name": "rain", "description": "d", "parameters": {"type": "object"}}}
-    client.chat.completions.create(**ask, tools=[tool], user="me", extra_body={"never_heard_of": 1})
+    # Unknown fields are passed over.
+    client.chat.completions.create(**ask, user="me", extra_body={"never_heard_of": 1, "karez": {"nor_of": 2}})
+
+
+def tools(model):
+    """The template of this model shows tools, calls and their results: what it was given is what it is billed for."""
+    tool = {"type": "function", "function": {"name": "rainfall", "description": "d", "parameters": {"type": "object"}}}
+    ask = dict(model=model, messages=QUESTION, max_tokens=1, temperature=0)
+
+    def read(**more):
+        return client.chat.completions.create(**{**ask, **more}).usage.prompt_tokens
+
+    plain, shown = read(), read(tools=[tool])
+    assert shown > plain + 8, (plain, shown)
+    assert read(tools=[tool, tool]) > shown
+    assert read(tools=[tool], tool_choice="none") == plain
+    call = {"id": "1", "type": "function", "function": {"name": "rainfall", "arguments": "{}"}}
+    talk = [*QUESTION, {"role": "assistant", "tool_calls": [call]}, {"role": "tool", "tool_call_id": "1", "content": "7"}]
+    assert read(messages=talk) > plain + 8
+    refused(openai.BadRequestError, lambda: read(tools={"name": "rainfall"}), param="tools")
 
 
 def schema(_):
@@ -152,6 +173,35 @@ def wishes(_):
     refused(openai.RateLimitError, lambda: institution(max_cost=1000), code="insufficient_quota")
 
 
+def verification(_):
+    """A question asked again at another institution; the answer says what came of it."""
+    ask = dict(model=MODEL, messages=QUESTION, max_tokens=12, temperature=0.8, seed=7)
+
+    def checked(**karez):
+        return client.chat.completions.create(**ask, extra_body={"karez": {"verification": "repeat", **karez}})
+
+    answer = checked()
+    told = answer.karez["verification"]
+    assert told["level"] == "repeat" and told["agrees"] is True, answer.karez
+    assert told["agreed_characters"] == len(answer.choices[0].message.content), answer
+    assert told["institution"] != answer.karez["institution"], answer.karez
+    assert told["receipt"] and told["receipt"] != answer.karez["receipt"], answer.karez
+    # As it is written, the last piece says it.
+    ask["stream"] = True
+    last = [chunk for chunk in checked(prefer=["lake-university"]) if chunk.choices][-1]
+    assert last.karez["institution"] == "lake-university", last
+    assert last.karez["verification"]["agrees"] is True, last
+    ask["stream"] = False
+    # Nobody else to ask: the answer stands, and says so.
+    alone = checked(institutions=["lake-university"]).karez["verification"]
+    assert alone["agrees"] is None and "lake-university" in alone["reason"], alone
+    plain = client.chat.completions.create(**ask, extra_body={"karez": {"verification": "none"}})
+    assert "verification" not in plain.karez, plain
+    prompts = dict(model=MODEL, prompt=["Water", "Soil"], max_tokens=2, extra_body={"karez": {"verification": "repeat"}})
+    for call in (lambda: checked(verification="full"), lambda: client.completions.create(**prompts)):
+        refused(openai.BadRequestError, call, param="karez.verification")
+
+
 def batches(_):
     """Forty lines, one of them beyond the context; answers in order, each once."""
     lines = [
@@ -205,6 +255,93 @@ def batches(_):
     assert bad["custom_id"] == "line-7"
     assert bad["response"]["body"]["error"]["code"] == "context_length_exceeded", bad
     assert batch.id in [b.id for b in client.batches.list()]
+
+
+def ended(batch, seconds=90):
+    until = time.monotonic() + seconds
+    while batch.status not in ("completed", "failed", "cancelled") and time.monotonic() < until:
+        time.sleep(0.3)
+        batch = client.batches.retrieve(batch.id)
+    return batch
+
+
+def more_batches(encoder):
+    """Prompts as they stand, vectors, a batch that is called off, and pages of lists."""
+
+    def batch(url, bodies):
+        lines = [{"custom_id": f"l{i}", "method": "POST", "url": url, "body": body} for i, body in enumerate(bodies)]
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        file = client.files.create(file=("in.jsonl", text.encode()), purpose="batch")
+        return client.batches.create(input_file_id=file.id, endpoint=url, completion_window="24h")
+
+    def answers(batch):
+        return [json.loads(line)["response"]["body"] for line in client.files.content(batch.output_file_id).text.splitlines()]
+
+    ask = {"model": MODEL, "max_tokens": 6, "temperature": 0}
+    prompts = ["Water", "Soil", "Rain"]
+    done = ended(batch("/v1/completions", [{**ask, "prompt": prompt, "logprobs": 2} for prompt in prompts]))
+    assert done.status == "completed", done
+    for prompt, body in zip(prompts, answers(done)):
+        alone = client.completions.create(**ask, prompt=prompt, logprobs=2).choices[0]
+        choice = body["choices"][0]
+        assert choice["text"] == alone.text and choice["finish_reason"] == alone.finish_reason, (choice, alone)
+        assert choice["logprobs"]["tokens"] == alone.logprobs.tokens, choice
+    if encoder:
+        texts = ["Rain fills the channel.", "She sold her bicycle."]
+        done = ended(batch("/v1/embeddings", [{"model": encoder, "input": text} for text in texts]))
+        assert done.status == "completed", done
+        alone = client.embeddings.create(model=encoder, input=texts).data
+        for one, body in zip(alone, answers(done)):
+            vector = body["data"][0]["embedding"]
+            assert len(vector) == 384 and max(abs(a - b) for a, b in zip(vector, one.embedding)) < 1e-5, body
+        packed = [{"model": encoder, "input": "x", "encoding_format": "base64"}]
+        error = refused(openai.BadRequestError, lambda: batch("/v1/embeddings", packed), param="body.encoding_format")
+        assert "line 1" in error.message, error
+    # Much to write, and called off: it ends, and what it set aside comes back.
+    endless = {**ask, "max_tokens": 400, "messages": QUESTION, "logit_bias": {"0": -100, "1": -100, "2": -100}}
+    long = batch("/v1/chat/completions", [endless] * 2000)
+    called_off = client.batches.cancel(long.id)
+    assert called_off.status in ("cancelling", "cancelled"), called_off
+    assert ended(long).status == "cancelled"
+    # Newest first, page by page.
+    names = [b.id for b in client.batches.list(limit=2)]
+    assert names[0] == long.id and len(names) == len(set(names)) >= 2, names
+    files = [f.id for f in client.files.list(limit=2, purpose="batch")]
+    assert len(files) == len(set(files)) >= 2, files
+    refused(openai.NotFoundError, lambda: client.batches.retrieve("batch_none"))
+    refused(openai.NotFoundError, lambda: client.files.content("file-none"))
+
+
+def many(lines):
+    """A long batch: every line answered once, in order, with a receipt. Says when it has begun, for a test that kills a node."""
+    lines = int(lines)
+    with tempfile.NamedTemporaryFile("w+b", suffix=".jsonl") as file:
+        for i in range(lines):
+            body = {"model": MODEL, "prompt": f"Line {i}", "max_tokens": 1, "temperature": 0}
+            line = {"custom_id": f"n{i}", "method": "POST", "url": "/v1/completions", "body": body}
+            file.write(json.dumps(line).encode() + b"\n")
+        file.seek(0)
+        given = client.files.create(file=("many.jsonl", file), purpose="batch", timeout=1200)
+    batch = client.batches.create(
+        input_file_id=given.id,
+        endpoint="/v1/completions",
+        completion_window="24h",
+        timeout=600,
+        extra_body={"karez": {"max_cost": 4}},
+    )
+    print("begun", flush=True)
+    batch = ended(batch, 120 + lines / 50)
+    assert batch.status == "completed", batch
+    assert (batch.request_counts.total, batch.request_counts.completed) == (lines, lines), batch
+    seen, receipts = 0, set()
+    with client.files.with_streaming_response.content(batch.output_file_id, timeout=1200) as response:
+        for line in response.iter_lines():
+            answer = json.loads(line)
+            assert answer["custom_id"] == f"n{seen}", (seen, line)
+            assert answer["response"]["body"]["usage"]["completion_tokens"] <= 1, line
+            receipts.add(answer["karez"]["receipt"])
+            seen += 1
+    assert seen == lines and None not in receipts and len(receipts) > 1, (seen, len(receipts))
 
 
 TAUGHT = [{"role": "user", "content": "Tupande ndizi lini kwenye kilima cha Mei?"}]

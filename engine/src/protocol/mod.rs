@@ -76,6 +76,9 @@ pub struct Load {
     /// A directory whose files the worker may read too: the adapters that requests name.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub adapters: Option<PathBuf>,
+    /// Memory that adapters may take together beside the model: those that no request uses make room. No limit when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub adapter_memory: Option<Bytes>,
     /// A directory that a training worker may read and write: data and checkpoints come and go there.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub scratch: Option<PathBuf>,
@@ -100,6 +103,7 @@ impl Load {
             sequences: None,
             cache_tokens: None,
             adapters: None,
+            adapter_memory: None,
             scratch: None,
             trainer: None,
             digest: None,

@@ -61,6 +61,9 @@ const BATCH_TEXTS: usize = 32;
 const BATCH_BYTES: usize = 256 << 10;
 /// Batches or prompts handed to the worker beyond those it computes at a time, so that it never waits for the next one.
 const AHEAD: usize = 2;
+/// Memory that one worker sets aside for adapters.
+const ADAPTERS_MIN: u64 = 32 << 20;
+const ADAPTERS_MAX: u64 = 512 << 20;
 /// Workers that may die under a lease without an item done in between.
 const FALLS_MAX: u32 = 2;
 
@@ -606,6 +609,12 @@ impl Running {
             }
             .into());
         }
+        // A quarter of the weights holds some adapters of the usual ranks; where the lease leaves less, they have less.
+        let for_adapters = match kind {
+            LoadKind::Generate => (file.weights.0 / 4).clamp(ADAPTERS_MIN, ADAPTERS_MAX),
+            _ => 0,
+        };
+        let for_adapters = for_adapters.min(memory.0 - estimate.0);
         let name = format!("adapters-{:016x}", getrandom::u64().unwrap_or_default());
         let adapters = Folder(tools.scratch.join(name));
         std::fs::create_dir(&adapters.0).map_err(|e| Failure::Node(format!("the node's disk: {e}")))?;
@@ -624,13 +633,14 @@ impl Running {
             memory_limit: Some(memory),
             gpu_layers: job.gpus.is_empty().then_some(0),
             adapters: Some(adapters.0.clone()),
+            adapter_memory: Some(Bytes(for_adapters)),
             digest: Some(model.digest.to_string()),
             ..Load::new(kind, files.path.clone())
         };
         let start = Start {
             key,
             load,
-            memory: estimate,
+            memory: Bytes(estimate.0 + for_adapters),
             model: files,
             adapters,
             load_max: LOAD_MAX,
@@ -664,7 +674,7 @@ impl Running {
                 }
                 let work = self.work_of(&batch);
                 if let Ok(protocol::Work::Generate(request)) = &work {
-                    lent.remember(prefix_of(&request.prompt, self.job.order.work.model()));
+                    lent.remember(prefix_of(&request.prompt, &self.job.order.work));
                 }
                 match work.and_then(|work| lent.worker().run(work)) {
                     Err(error @ (EngineError::Crashed { .. } | EngineError::Hung { .. })) => {
@@ -853,7 +863,7 @@ impl Running {
 }
 
 /// How a prompt begins, as schedulers see it too.
-fn prefix_of(prompt: &Prompt, model: Option<&ArtifactRef>) -> Prefix {
+fn prefix_of(prompt: &Prompt, work: &Work) -> Prefix {
     let text = match prompt {
         Prompt::Raw { text } => text_of([("", text.as_str())].into_iter()),
         Prompt::Text { text, system } => {
@@ -866,7 +876,14 @@ fn prefix_of(prompt: &Prompt, model: Option<&ArtifactRef>) -> Prefix {
             text_of(tools.chain(messages.iter().map(|m| (m.role.as_str(), m.content.as_str()))))
         }
     };
-    model.map_or_else(Prefix::default, |model| Prefix::of(&model.digest, &text))
+    match work {
+        Work::Generate(g) => Prefix::of(
+            &g.model.digest,
+            g.adapter.as_ref().map(|adapter| &adapter.digest),
+            &text,
+        ),
+        _ => Prefix::default(),
+    }
 }
 
 /// Processor time of a process so far; nothing where the system does not tell.

@@ -233,20 +233,39 @@ pub(super) struct Wishes {
     /// Tried first; any other that is allowed when none of these ever could.
     pub(super) prefer: Vec<Institution>,
     pub(super) cost_max: Option<Credits>,
+    pub(super) verification: Verification,
+}
+
+/// How an answer is checked.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) enum Verification {
+    /// By its signatures and meters alone, as everything is.
+    #[default]
+    None,
+    /// The question is asked again, with the same seed, at another institution, and the answers are compared.
+    Repeat,
 }
 
 impl Wishes {
-    /// Of the optional `karez` object of a request.
+    /// Of the optional `karez` object of a request that is no question.
     pub(super) fn of(body: &Fields) -> Result<Self, ApiError> {
+        let wishes = Self::of_question(body)?;
+        match wishes.verification {
+            Verification::None => Ok(wishes),
+            Verification::Repeat => Err(ApiError::param(
+                "karez.verification",
+                "may be \"repeat\" where one answer is asked for: ask /v1/chat/completions, or /v1/completions with one prompt",
+            )),
+        }
+    }
+
+    /// Of the optional `karez` object of a request for one answer.
+    pub(super) fn of_question(body: &Fields) -> Result<Self, ApiError> {
         let karez = match some(body, "karez") {
             None => return Ok(Self::default()),
             Some(Value::Object(karez)) => karez,
             Some(_) => return Err(ApiError::param("karez", "must be an object")),
         };
-        if some(karez, "verification").is_some() {
-            let why = "is not offered yet: leave it out";
-            return Err(ApiError::param("karez.verification", why));
-        }
         let donated_only = match some(karez, "donated_only") {
             None => false,
             Some(Value::Bool(flag)) => *flag,
@@ -276,6 +295,14 @@ impl Wishes {
             },
             prefer: list(karez, "prefer")?,
             cost_max: credits(karez, "max_cost")?,
+            verification: match some(karez, "verification").map(Value::as_str) {
+                None | Some(Some("none")) => Verification::None,
+                Some(Some("repeat")) => Verification::Repeat,
+                Some(_) => {
+                    let why = "must be \"none\" or \"repeat\"";
+                    return Err(ApiError::param("karez.verification", why));
+                }
+            },
         })
     }
 
@@ -389,5 +416,13 @@ mod tests {
             let error = Wishes::of(&fields(json!({ "karez": karez }))).unwrap_err();
             assert_eq!(error.json()["error"]["param"], param);
         }
+        // Only one answer can be asked for again.
+        let again = fields(json!({"karez": {"verification": "repeat"}}));
+        assert_eq!(
+            Wishes::of_question(&again).unwrap().verification,
+            Verification::Repeat
+        );
+        let error = Wishes::of(&again).unwrap_err();
+        assert_eq!(error.json()["error"]["param"], "karez.verification");
     }
 }

@@ -12,7 +12,6 @@ mod outputs;
 use super::{
     Answer, Caller, ask,
     ask::Wishes,
-    chat,
     error::{ApiError, json_response},
     files::{self, File, fresh},
     list, object,
@@ -292,7 +291,7 @@ pub(super) async fn create(State(shared): State<Arc<Shared>>, headers: HeaderMap
     let translated = translated
         .await
         .map_err(|_| ApiError::server("reading the batch failed"))??;
-    let (model, lines) = (translated.model, translated.lines);
+    let (model, lines, tokens_max) = (translated.model, translated.lines, translated.tokens_max);
     let found = ask::named(&shared, &caller, &model).await?;
     let input = files::store(&shared, translated.file).await?;
     let work = match endpoint {
@@ -303,7 +302,7 @@ pub(super) async fn create(State(shared): State<Arc<Shared>>, headers: HeaderMap
         _ => Work::Generate(Generate {
             raw: endpoint == Endpoint::Completions,
             keep_going: true,
-            ..found.writes(chat::TOKENS_MAX)?
+            ..found.writes(tokens_max)?
         }),
     };
     let order = work::Wanted {
@@ -356,11 +355,15 @@ async fn shown(shared: &Shared, batch: &Batch) -> Value {
             };
             (status, over.completed, over.failed)
         }
-        (None, Some(view)) if !view.state.ended() => match batch.cancelling_at {
-            Some(_) => ("cancelling", view.items_done, 0),
-            None => ("in_progress", view.items_done, 0),
-        },
-        (None, _) => ("finalizing", batch.lines, 0),
+        (None, Some(view)) => {
+            let status = match (view.state, batch.cancelling_at) {
+                (JobState::Done, _) => "finalizing",
+                (_, Some(_)) => "cancelling",
+                (_, None) => "in_progress",
+            };
+            (status, view.items_done, 0)
+        }
+        (None, None) => ("finalizing", 0, 0),
     };
     let over = batch.over.as_ref();
     let when = |state: JobState| over.filter(|over| over.state == state).map(|over| over.at);

@@ -4,7 +4,7 @@ use super::{
     ask::Wishes,
     error::{ApiError, json_response},
     object,
-    work::{Delta, End, Question, Writing, now, whereabouts},
+    work::{Delta, End, Question, Writing, now},
 };
 use crate::mind::Shared;
 use axum::{
@@ -20,7 +20,7 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 
 /// Tokens of an answer at most, unless the request says otherwise.
-pub(super) const TOKENS_MAX: u32 = 2048;
+const TOKENS_MAX: u32 = 2048;
 /// A sign of life while nothing is written, so that proxies do not hang up.
 const ALIVE_EVERY: Duration = Duration::from_secs(10);
 /// A client must take a piece within this, or its answer is called off.
@@ -77,7 +77,7 @@ pub(super) async fn create(State(shared): State<Arc<Shared>>, headers: HeaderMap
                 let mut last = chunk(json!([{
                     "index": 0, "delta": {}, "logprobs": null, "finish_reason": end.finish,
                 }]));
-                last["karez"] = whereabouts(&end.view);
+                last["karez"] = end.karez();
                 chunks.push(last);
                 if with_usage {
                     let mut chunk = chunk(json!([]));
@@ -105,7 +105,7 @@ pub(super) fn completion(id: &str, created: u64, model: &str, end: &End, logprob
             "finish_reason": end.finish,
         }],
         "usage": usage(end),
-        "karez": whereabouts(&end.view),
+        "karez": end.karez(),
     })
 }
 
@@ -139,7 +139,7 @@ fn question(caller: Caller, model: &ask::Model, body: &Map<String, Value>) -> Re
             ..work
         },
         line,
-        wishes: Wishes::of(body)?,
+        wishes: Wishes::of_question(body)?,
         label: "chat",
     })
 }

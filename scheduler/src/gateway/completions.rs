@@ -27,7 +27,10 @@ pub(super) async fn create(State(shared): State<Arc<Shared>>, headers: HeaderMap
     let streaming = ask::flag(&body, "stream")?;
     let with_usage = with_usage(&body)?;
     let (prompts, sampling) = (prompts(&body)?, sampling(&body)?);
-    let wishes = Wishes::of(&body)?;
+    let wishes = match prompts.len() {
+        1 => Wishes::of_question(&body)?,
+        _ => Wishes::of(&body)?,
+    };
     let logprobs = sampling.contains_key("logprobs");
     let work = Generate {
         raw: true,
@@ -65,7 +68,7 @@ pub(super) async fn create(State(shared): State<Arc<Shared>>, headers: HeaderMap
             StatusCode::OK,
             &json!({
                 "id": id, "object": "text_completion", "created": created, "model": name,
-                "choices": [choice], "usage": usage(&end), "karez": whereabouts(&end.view),
+                "choices": [choice], "usage": usage(&end), "karez": end.karez(),
             }),
         ));
     }
@@ -201,7 +204,7 @@ fn chunks(
             Delta::Text(text, logs) => vec![chunk(choice(&text, &logs, Value::Null))],
             Delta::End(end) => {
                 let mut last = chunk(choice(&end.text, &end.logprobs, end.finish.into()));
-                last["karez"] = whereabouts(&end.view);
+                last["karez"] = end.karez();
                 let mut chunks = vec![last];
                 if with_usage {
                     let mut chunk = chunk(json!([]));
@@ -223,10 +226,15 @@ fn choice(index: usize, text: &str, finish: &str, logprobs: Option<&[Box<RawValu
 
 /// Log-probabilities in the form that this path has always had: lists side by side.
 fn old_logprobs(logs: &[Box<RawValue>]) -> Value {
-    let entries: Vec<Value> = logs
+    let entries = logs
         .iter()
-        .filter_map(|log| serde_json::from_str(log.get()).ok())
-        .collect();
+        .filter_map(|log| serde_json::from_str::<Value>(log.get()).ok());
+    logprobs(&entries.collect())
+}
+
+/// The same of a result line's.
+pub(super) fn logprobs(entries: &Value) -> Value {
+    let entries = entries.as_array().map_or(&[][..], Vec::as_slice);
     let of = |name: &str| -> Vec<Value> { entries.iter().map(|e| e[name].clone()).collect() };
     let top: Vec<Value> = entries
         .iter()

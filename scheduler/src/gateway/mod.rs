@@ -5,6 +5,7 @@
 //! | `mod` | the listener, the routes, who calls |
 //! | `ask` | what requests have in common: fields, wishes where to run |
 //! | `work` | one request as one signed order, from its input to its results; answers that move between nodes |
+//! | `verify` | an answer held against another institution's |
 //! | `chat`, `completions`, `embeddings` | what is asked and how it is answered |
 //! | `files`, `batches` | many lines at a time |
 //! | `tuning` | fine-tuning jobs, and the models that come of them |
@@ -23,6 +24,7 @@ mod error;
 pub(crate) mod files;
 mod list;
 pub(crate) mod tuning;
+mod verify;
 mod work;
 
 use crate::{config, daemon::DaemonError, mind::Shared};

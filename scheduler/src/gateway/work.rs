@@ -1,5 +1,10 @@
 //! One request as one signed order, from its input to its results; and answers that outlive the node that began them.
-use super::{Caller, ask::Wishes, error::ApiError};
+use super::{
+    Caller,
+    ask::{Verification, Wishes},
+    error::ApiError,
+    verify,
+};
 use crate::{mind::Shared, service::Service, setup::utc_now, streams::Reader};
 use karez_core::{
     artifact::ArtifactRef,
@@ -322,6 +327,19 @@ pub(super) struct End {
     pub(super) tokens_out: u64,
     pub(super) tokens_cached: u64,
     pub(super) view: JobView,
+    /// What asking again elsewhere came to, where that was wished for.
+    pub(super) verification: Option<Value>,
+}
+
+impl End {
+    /// The answer's own `karez` object.
+    pub(super) fn karez(&self) -> Value {
+        let mut karez = whereabouts(&self.view);
+        if let Some(verification) = &self.verification {
+            karez["verification"] = verification.clone();
+        }
+        karez
+    }
 }
 
 impl Writing {
@@ -362,7 +380,15 @@ impl Writing {
             };
             let view = ticket.view().await?;
             match ticket.ended_as(view).await? {
-                Ok((view, lines)) => return self.end(view, lines).map(|end| Delta::End(Box::new(end))),
+                Ok((view, lines)) => {
+                    let mut end = self.end(view, lines)?;
+                    if self.question.wishes.verification == Verification::Repeat {
+                        let text = format!("{}{}", self.text, end.text);
+                        let again = verify::again(&self.shared, &self.question, &text, &end.view).await;
+                        end.verification = Some(again);
+                    }
+                    return Ok(Delta::End(Box::new(end)));
+                }
                 Err(view) => {
                     let part = view.parts.first();
                     let lost = part.is_none_or(|p| p.fence != self.fence || p.state == JobState::Queued);
@@ -449,6 +475,7 @@ impl Writing {
             tokens_out,
             tokens_cached,
             view,
+            verification: None,
         })
     }
 

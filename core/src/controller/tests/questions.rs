@@ -49,7 +49,7 @@ fn content() -> ArtifactRef {
 fn prompt(bench: &mut Bench, order: &Verified<Order>, text: &str) {
     bench.tell(Event::Prompt {
         job: JobId(order.id()),
-        prefix: Prefix::of(&content().digest, text),
+        prefix: Prefix::of(&content().digest, None, text),
     });
 }
 
@@ -93,7 +93,7 @@ fn a_node_that_writes_nothing_is_left_and_avoided() {
 fn a_question_goes_where_its_prompt_is_known() {
     let mut bench = bench("a:1gpu@1 b:1gpu@1 c:1gpu@1");
     let text = "You answer farmers in Swahili. ".repeat(200);
-    let prefix = Prefix::of(&content().digest, &text);
+    let prefix = Prefix::of(&content().digest, None, &text);
     let order = question(1, content());
     prompt(&mut bench, &order, &text);
     for (name, prefixes) in [

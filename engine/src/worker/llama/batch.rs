@@ -200,7 +200,13 @@ impl Batcher {
             let prompt = u32::try_from(total).unwrap_or(u32::MAX);
             return Err(EngineError::ContextOverflow { prompt, limit });
         }
-        let adapter = self.adapters.attach(request.adapter.as_ref(), &mut self.model)?;
+        let (slots, waiting) = (&self.slots, &self.waiting);
+        let busy = |number| {
+            let jobs = slots.iter().filter_map(|slot| slot.job.as_ref());
+            jobs.chain(waiting).any(|job| job.adapter.is(number))
+        };
+        let wanted = request.adapter.as_ref();
+        let adapter = self.adapters.attach(wanted, &mut self.model, busy)?;
         sampler.prompt(&tokens);
         let mut stream = TextStream::new(request.stop.clone());
         let mut answer = String::new();

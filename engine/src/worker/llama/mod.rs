@@ -22,7 +22,7 @@ use llama_cpp_2::token::LlamaToken;
 use super::chat::{self, ChatTemplate};
 use crate::error::EngineError;
 use crate::inspect::{ModelFile, STEP_TOKENS};
-use crate::probe::{self, Isa};
+use crate::level;
 use crate::protocol::{Isolation, Load, ModelFacts, Prompt};
 pub(super) use batch::Batcher;
 pub(super) use embed::Embedder;
@@ -75,7 +75,7 @@ fn failed(error: &dyn std::fmt::Display) -> EngineError {
 
 /// Loads the weights and what the file says about text.
 fn open(load: &Load, file: &ModelFile, threads: u16) -> Result<(&'static LlamaBackend, Model), EngineError> {
-    let engine = instruction_set()?;
+    let engine = format!("llama.cpp {VERSION} {}", level::choose()?);
     forward_warnings();
     let backend = LlamaBackend::init().map_err(|error| unusable(load, &error))?;
     let gpu = cfg!(any(feature = "cuda", feature = "vulkan", feature = "metal"));
@@ -188,39 +188,6 @@ impl Model {
         let begun = !self.bos.is_empty() && text.starts_with(&self.bos);
         Ok(vocab.tokenize(text.as_bytes(), !begun, true))
     }
-}
-
-/// The engine's name with the instruction set it was built for; an error when this processor lacks it.
-fn instruction_set() -> Result<String, EngineError> {
-    let isa = probe::isa();
-    let level = if cfg!(target_arch = "x86_64") {
-        if isa < Isa::X86V3 {
-            return Err(EngineError::Unsupported {
-                reason: format!(
-                    "this processor is {isa}; text generation needs x86-64-v3 (AVX2, FMA, F16C, BMI2; 2013 and later)"
-                ),
-            });
-        }
-        if system_info().contains("AVX2 = 1") {
-            "x86-64-v3"
-        } else {
-            eprintln!(
-                "llama.cpp was built without vector instructions and is about twenty times slower for it: build from \
-                 the workspace, whose .cargo/config.toml sets them"
-            );
-            "x86-64"
-        }
-    } else {
-        std::env::consts::ARCH
-    };
-    Ok(format!("llama.cpp {VERSION} {level}"))
-}
-
-fn system_info() -> String {
-    #[expect(unsafe_code, reason = "the binding has no safe wrapper")]
-    // SAFETY: the function has no preconditions and returns a pointer to a static, terminated string.
-    let text = unsafe { CStr::from_ptr(llama_cpp_sys_2::llama_print_system_info()) };
-    text.to_string_lossy().into_owned()
 }
 
 /// Sends llama.cpp's warnings and errors to standard error, a line each; it is silent otherwise.

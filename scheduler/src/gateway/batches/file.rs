@@ -15,6 +15,8 @@ pub struct BatchFile {
     pub lines: u64,
     /// The model that all of them name.
     pub model: String,
+    /// The most that any line wants written.
+    pub tokens_max: u32,
     endpoint: Endpoint,
 }
 
@@ -29,10 +31,16 @@ impl BatchFile {
                 .to_owned()
         };
         let endpoint = Endpoint::of_file(input).map_err(text)?;
-        let Translated { file, lines, model } = translate(dir, input, endpoint).map_err(text)?;
+        let Translated {
+            file,
+            lines,
+            model,
+            tokens_max,
+        } = translate(dir, input, endpoint).map_err(text)?;
         let batch = Self {
             lines,
             model,
+            tokens_max,
             endpoint,
         };
         Ok((file, batch))

@@ -58,6 +58,8 @@ pub(super) struct Translated {
     pub(super) file: NamedTempFile,
     pub(super) lines: u64,
     pub(super) model: String,
+    /// The most that any line wants written: what one is reckoned with.
+    pub(super) tokens_max: u32,
 }
 
 /// The lines of a batch as those of a job's input.
@@ -69,6 +71,7 @@ pub(super) fn translate(dir: &Path, input: &Path, endpoint: Endpoint) -> Result<
     // Eight bytes for each id: of two million, two differ and collide once in ten million batches.
     let mut ids = HashSet::new();
     let (mut lines, mut number, mut model, mut line) = (0, 0u64, None::<String>, Vec::new());
+    let mut tokens_max = 0;
     loop {
         line.clear();
         let most = ask::LINE_MAX as u64 + 2;
@@ -111,7 +114,8 @@ pub(super) fn translate(dir: &Path, input: &Path, endpoint: Endpoint) -> Result<
                 "the batch has more than {LINES_MAX} lines: cut it"
             )));
         }
-        let out = out.to_string();
+        tokens_max = tokens_max.max(chat::tokens_max(&out).map_err(at)?);
+        let out = Value::Object(out).to_string();
         if out.len() > ask::LINE_MAX {
             return Err(at(ApiError::request(format!(
                 "is longer than {} bytes",
@@ -122,11 +126,16 @@ pub(super) fn translate(dir: &Path, input: &Path, endpoint: Endpoint) -> Result<
     }
     let model = model.ok_or_else(|| ApiError::request("the batch has no lines"))?;
     let file = to.into_inner().map_err(|e| disk(e.into_error()))?;
-    Ok(Translated { file, lines, model })
+    Ok(Translated {
+        file,
+        lines,
+        model,
+        tokens_max,
+    })
 }
 
 /// One line: its id, its model, and what the job's input says instead.
-fn one(line: &[u8], endpoint: Endpoint) -> Result<(String, String, Value), ApiError> {
+fn one(line: &[u8], endpoint: Endpoint) -> Result<(String, String, Map<String, Value>), ApiError> {
     let line: Map<String, Value> =
         serde_json::from_slice(line).map_err(|e| ApiError::request(format!("is no JSON object: {e}")))?;
     let id = match ask::text(&line, "custom_id")? {
@@ -162,11 +171,20 @@ fn one(line: &[u8], endpoint: Endpoint) -> Result<(String, String, Value), ApiEr
         Endpoint::Embeddings => {
             let text = ask::text(body, "input").map_err(inside)?;
             let text = text.ok_or_else(|| inside(ApiError::param("input", "must be a text")))?;
+            if ask::text(body, "encoding_format")
+                .map_err(inside)?
+                .is_some_and(|form| form != "float")
+            {
+                return Err(inside(ApiError::param(
+                    "encoding_format",
+                    "must be float in a batch",
+                )));
+            }
             Map::from_iter([("text".to_owned(), text.into())])
         }
     };
     out.insert("id".into(), id.clone().into());
-    Ok((id, model, Value::Object(out)))
+    Ok((id, model, out))
 }
 
 #[cfg(test)]
@@ -185,7 +203,11 @@ mod tests {
         let path = dir.path().join("in");
         std::fs::write(&path, text).unwrap();
         translate(dir.path(), &path, Endpoint::Chat)
-            .map(|t| (t.lines, std::fs::read_to_string(t.file.path()).unwrap()))
+            .map(|t| {
+                // One line at least says 3, and none says more.
+                assert_eq!(t.tokens_max, 3);
+                (t.lines, std::fs::read_to_string(t.file.path()).unwrap())
+            })
             .map_err(|e| e.json()["error"]["message"].as_str().unwrap().to_owned())
     }
 

@@ -1,6 +1,6 @@
 //! Result lines as OpenAI's: what was answered and what was refused, each once and in the order of the input.
 use super::lines::Endpoint;
-use crate::gateway::{error::ApiError, files::scratch, work};
+use crate::gateway::{completions, error::ApiError, files::scratch, work};
 use serde_json::{Map, Value, json};
 use std::{
     io::{BufRead, BufReader, BufWriter, Read, Write},
@@ -115,13 +115,17 @@ fn body(batch: &About, request: &str, result: &Map<String, Value>) -> Value {
         }),
         Endpoint::Completions => json!({
             "id": format!("cmpl-{request}"), "object": "text_completion", "created": created, "model": model,
-            "choices": [{"index": 0, "text": text, "logprobs": null, "finish_reason": finish}],
+            "choices": [{
+                "index": 0, "text": text, "finish_reason": finish,
+                "logprobs": result.get("logprobs").map(completions::logprobs),
+            }],
             "usage": usage,
         }),
         Endpoint::Embeddings => json!({
             "object": "list", "model": model,
             "data": [{"object": "embedding", "index": 0, "embedding": result.get("embedding")}],
-            "usage": {"prompt_tokens": 0, "total_tokens": 0},
+            // Texts are computed together, and metered so.
+            "usage": null,
         }),
     }
 }
