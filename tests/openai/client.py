@@ -61,7 +61,7 @@ def chat(_):
     assert usage.completion_tokens == whole.usage.completion_tokens, usage
     assert pieces > 1, "it came in one piece"
     # Log-probabilities and sampling controls.
-    logs = client.chat.completions.create(**ask, logprobs=True, top_logprobs=2, stop=["\n"], seed=7).choices[0]
+    logs = client.chat.completions.create(**ask, logprobs=True, top_logprobs=5, stop=["\n"], seed=7).choices[0]
     assert logs.logprobs.content and len(logs.logprobs.content[0].top_logprobs) == 2, logs
     # Unknown fields are passed over.
     client.chat.completions.create(**ask, user="me", extra_body={"never_heard_of": 1, "karez": {"nor_of": 2}})
@@ -485,14 +485,22 @@ def follow(_):
     """Tells each piece as it comes, for a test that kills nodes meanwhile."""
     # Tokens that end an answer are forbidden: it goes on to its length.
     ends = {"0": -100, "1": -100, "2": -100}
-    seen = ""
+    seen, tokens = "", []
     for chunk in client.chat.completions.create(
-        model=MODEL, messages=QUESTION, max_tokens=440, stream=True, temperature=0, logit_bias=ends
+        model=MODEL, messages=QUESTION, max_tokens=440, stream=True, temperature=0, logit_bias=ends,
+        logprobs=True, top_logprobs=5,
     ):
         if chunk.choices:
-            seen += chunk.choices[0].delta.content or ""
+            choice = chunk.choices[0]
+            seen += choice.delta.content or ""
+            for token in (choice.logprobs and choice.logprobs.content) or []:
+                # Each token, and how near the next best came to it: likelier ones are those that were forbidden.
+                gaps = [token.logprob - top.logprob for top in token.top_logprobs if top.bytes != token.bytes]
+                tokens.append([token.token, min(gap for gap in gaps if gap >= 0)])
             where = getattr(chunk, "karez", None) or {}
-            told = {"seen": seen, "finish": chunk.choices[0].finish_reason, "institution": where.get("institution")}
+            told = {"seen": seen, "finish": choice.finish_reason, "institution": where.get("institution")}
+            if choice.finish_reason:
+                told["tokens"] = tokens
             print(json.dumps(told), flush=True)
 
 
