@@ -12,3 +12,4 @@ mod openai;
 mod questions;
 mod servers;
 mod training;
+mod training_faults;

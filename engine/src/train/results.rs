@@ -186,7 +186,8 @@ impl Finished {
     /// The first and last look, language by language.
     fn compared(&self) -> Vec<(&String, Held, Held)> {
         let looks = &self.state().looks;
-        let (Some(first), Some(last)) = (looks.first(), looks.last()) else {
+        // Before the end of a run there may be but one look: then nothing is known of after.
+        let [first, .., last] = looks.as_slice() else {
             return Vec::new();
         };
         let after = |(tag, before): (_, &Held)| last.languages.get(tag).map(|after| (tag, *before, *after));
