@@ -1,7 +1,8 @@
-//! What machines that go away cost a training run, with the real binary on loopback: from `kill -9` to the first step
-//! on another node, and the time of a run whose machine is reclaimed five times beside an undisturbed one's.
+//! What storing and losing a training run costs, with the real binary on loopback: a checkpoint through the whole network,
+//! from `kill -9` to the first step on another node, and the time of a run whose machine is reclaimed in five intervals
+//! beside an undisturbed one's.
 //!
-//! `cargo bench --bench training -- FILE` writes JSON to FILE and prints a table. Takes about two minutes.
+//! `cargo bench --bench training -- FILE` writes JSON to FILE and prints it. Takes about four minutes.
 use serde_json::{Value, json};
 use std::{
     error::Error,
@@ -14,8 +15,14 @@ use std::{
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
-/// Reclaims of one run.
+/// Reclaims of one run, one in each interval.
 const EVICTIONS: usize = 5;
+/// Steps of that run, and between two of its checkpoints: an interval takes some ten seconds.
+const STEPS: usize = 1600;
+const INTERVAL: usize = 200;
+/// Steps of the runs that are stored often, and once.
+const SHORT: usize = 480;
+const OFTEN: usize = 8;
 /// How long a test may take to get anywhere.
 const PATIENCE: Duration = Duration::from_secs(300);
 
@@ -51,34 +58,36 @@ fn measure(net: &Net) -> Result<Value> {
         })
         .collect();
     fs::write(&data, lines.concat())?;
-    // Undisturbed, from the first step to the end.
-    let id = net.train(&data, 20)?;
-    let begun = net.steps(&id, 1)?;
-    net.ended(&id)?;
-    let quiet = begun.elapsed().as_secs_f64();
+    // The first one brings base and data to the nodes.
+    net.timed(&data, 40, 20, |_| Ok(()))?;
+    // What a checkpoint costs: the same steps, stored often and once.
+    let once = net.timed(&data, SHORT, SHORT, |_| Ok(()))?;
+    let often = net.timed(&data, SHORT, OFTEN, |_| Ok(()))?;
+    let checkpoint = (often - once) / (SHORT / OFTEN - 1) as f64;
 
-    // Reclaimed every fifth of its length; what ran goes on elsewhere, and the owner lends again a moment later.
-    let id = net.train(&data, 20)?;
-    let begun = net.steps(&id, 1)?;
+    // Undisturbed, from the first step to the end.
+    let quiet = net.timed(&data, STEPS, INTERVAL, |_| Ok(()))?;
+    // Reclaimed in the middle of every interval; what ran goes on elsewhere, and the owner lends again a moment later.
     let mut evictions = 0;
-    for _ in 0..EVICTIONS {
-        thread::sleep(Duration::from_secs_f64(quiet / (EVICTIONS + 1) as f64));
-        let Some(node) = net.node_at_work(&id)? else {
-            continue;
-        };
-        let folder = net.home.join("up").join(&node);
-        let folder = folder.to_string_lossy();
-        net.karez(&["node", "reclaim", "--dir", &folder])?;
-        evictions += 1;
-        thread::sleep(Duration::from_millis(500));
-        net.karez(&["node", "open", "--dir", &folder])?;
-    }
-    net.ended(&id)?;
-    let evicted = begun.elapsed().as_secs_f64();
+    let evicted = net.timed(&data, STEPS, INTERVAL, |id| {
+        while evictions < EVICTIONS {
+            net.steps(id, (INTERVAL / 2 + evictions * INTERVAL) as u64)?;
+            let Some(node) = net.node_at_work(id)? else {
+                continue;
+            };
+            let folder = net.home.join("up").join(&node);
+            let folder = folder.to_string_lossy();
+            net.karez(&["node", "reclaim", "--dir", &folder])?;
+            evictions += 1;
+            thread::sleep(Duration::from_millis(500));
+            net.karez(&["node", "open", "--dir", &folder])?;
+        }
+        Ok(())
+    })?;
 
     // Killed in the middle.
-    let id = net.train(&data, 20)?;
-    net.steps(&id, 8)?;
+    let id = net.train(&data, 240, 20)?;
+    net.steps(&id, 30)?;
     let victim = net.node_at_work(&id)?.ok_or("nobody is at work")?;
     let pid = net.pid(&victim)?;
     let killed = Instant::now();
@@ -100,7 +109,13 @@ fn measure(net: &Net) -> Result<Value> {
     )?;
     net.ended(&id)?;
     Ok(json!({
+        "checkpoint": {
+            "seconds": checkpoint, "stored_often_s": often, "stored_once_s": once, "checkpoints": SHORT / OFTEN,
+            "share_of_interval": checkpoint / (quiet * INTERVAL as f64 / STEPS as f64),
+        },
         "undisturbed_s": quiet,
+        "interval_s": quiet * INTERVAL as f64 / STEPS as f64,
+        "eviction_s": (evicted - quiet) / evictions.max(1) as f64,
         "evictions": evictions,
         "evicted_s": evicted,
         "goodput": quiet / evicted,
@@ -137,9 +152,25 @@ impl Net {
         Ok(String::from_utf8(output.stdout)?)
     }
 
-    fn train(&self, data: &Path, every: usize) -> Result<String> {
+    /// Seconds from the first step to the end; `meanwhile` is called once the first step was seen.
+    fn timed(
+        &self,
+        data: &Path,
+        steps: usize,
+        every: usize,
+        mut meanwhile: impl FnMut(&str) -> Result<()>,
+    ) -> Result<f64> {
+        let id = self.train(data, steps, every)?;
+        let begun = self.steps(&id, 1)?;
+        meanwhile(&id)?;
+        self.ended(&id)?;
+        Ok(begun.elapsed().as_secs_f64())
+    }
+
+    fn train(&self, data: &Path, steps: usize, every: usize) -> Result<String> {
         let base = Path::new(env!("CARGO_MANIFEST_DIR")).join("engine/models/karez-tiny");
         let every = format!("save_steps={every}");
+        let steps = format!("max_steps={steps}");
         let (base, data) = (base.to_string_lossy(), data.to_string_lossy());
         let args = [
             "finetune",
@@ -150,7 +181,7 @@ impl Net {
             "--lang",
             "sw",
             "--set",
-            "max_steps=240",
+            &steps,
             "--set",
             "sequence_len=256",
             "--set",

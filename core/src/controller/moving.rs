@@ -408,8 +408,10 @@ impl Controller {
         let cost_here = here.rate.bill(claim.devices.time(rest))?;
         let lost = plan.chosen.transfer.saturating_add(self.policy.restart);
         let besides = self.policy.delay_rate.bill(Portion::ONE.time(lost))?;
-        pays(cost_here, plan.chosen.cost.saturating_add(besides))
-            .then_some("the rest of it costs much less elsewhere")
+        // What was done here is paid by nobody once it is called back.
+        let unpaid = here.rate.bill(claim.devices.time(elapsed))?;
+        let elsewhere = plan.chosen.cost.saturating_add(besides).saturating_add(unpaid);
+        pays(cost_here, elsewhere).then_some("the rest of it costs much less elsewhere")
     }
 }
 

@@ -50,6 +50,8 @@ struct Trial {
     refused: Option<(u64, Vec<NodeId>, placement::Refusal)>,
     /// Parts of the same size cost the same on every class.
     matcher: Option<(u64, Matcher)>,
+    /// Where advice narrows the choice: what there would be without it, for as many items.
+    freely: Option<(u64, Matcher)>,
 }
 
 impl Controller {
@@ -176,6 +178,7 @@ impl Controller {
             waiting,
             refused: None,
             matcher: None,
+            freely: None,
         })
     }
 
@@ -239,13 +242,19 @@ impl Controller {
                 let find = |wish: &Request<'_>| ready.place(&self.market, wish);
                 match self.in_time(now, job, &request, find) {
                     InTime::Found(plan) => {
+                        let advised = guided && {
+                            let known = trial.freely.take().filter(|(items, _)| *items == part.items);
+                            let make = || (part.items, Matcher::new(&self.market, &request));
+                            let (_, all) = trial.freely.insert(known.unwrap_or_else(make));
+                            all.place(&self.market, &request).is_some_and(|free| {
+                                let mut others = free.alternatives.iter().chain([&free.chosen]);
+                                others.any(|other| other.cost < plan.chosen.cost)
+                            })
+                        };
                         if guided && self.spend_quota(&shape, &plan) {
                             trial.matcher = None;
                         }
-                        let plan = Plan {
-                            advised: guided,
-                            ..plan
-                        };
+                        let plan = Plan { advised, ..plan };
                         let plan = self.stay(trial.id, index, plan);
                         let Some(plan) = self.route(now, trial.id, index, plan) else {
                             continue;

@@ -188,7 +188,7 @@ pub struct Plan {
     /// What its being warm, or not knowing about that, had to do with it; empty for nothing.
     #[serde(default)]
     pub warm: String,
-    /// The slow path advised that kind of capacity: what else there is, is kept for work that can run nowhere else.
+    /// The slow path advised that kind of capacity where a cheaper one was free: that is kept for other work.
     #[serde(default)]
     pub advised: bool,
 }
@@ -202,15 +202,14 @@ impl Plan {
         } else {
             format!("{} credits/h, about {} credits", Credits(c.rate.0), c.cost)
         };
-        let why = if self.feasible <= 1 {
+        let why = if self.advised {
+            format!(
+                "one of the free nodes that may run it ({price}); scarcer capacity is kept for other work, waiting or expected"
+            )
+        } else if self.feasible <= 1 {
             format!("the only free node that may run it ({price})")
         } else {
             format!("cheapest finished work of {} free nodes ({price})", self.feasible)
-        };
-        let why = if self.advised {
-            format!("{why}; scarcer capacity is kept for work that can run nowhere else")
-        } else {
-            why
         };
         match self.warm.as_str() {
             "" => why,

@@ -91,6 +91,20 @@ pub fn outline(spec: &Spec<'_>) -> Result<Outline, TrainError> {
     })
 }
 
+/// Whether a run does clearly worse than it began, not in one odd step but over several.
+fn risen(before: &[f32], now: f64) -> Option<String> {
+    const STEPS: usize = 8;
+    if before.len() + 1 < 2 * STEPS {
+        return None;
+    }
+    let sum = |losses: &[f32]| losses.iter().map(|loss| f64::from(*loss)).sum::<f64>();
+    let begun = sum(&before[..STEPS]) / STEPS as f64;
+    let recent = (sum(&before[before.len() + 1 - STEPS..]) + now) / STEPS as f64;
+    (recent > 1.3 * begun + 0.5).then(|| {
+        format!("the loss is {recent:.2} nats over the last {STEPS} steps, over the first it was {begun:.2}")
+    })
+}
+
 fn prepare(spec: &Spec<'_>) -> Result<(Config, Data, Schedule), TrainError> {
     let settings = spec.settings;
     settings.check()?;
@@ -305,6 +319,9 @@ impl Trainer {
             ))
             .into());
         }
+        if let Some(what) = risen(&self.losses, loss) {
+            return Err(diverged(what).into());
+        }
         let norm = self
             .learner
             .apply(rate)?
@@ -388,5 +405,25 @@ impl Trainer {
         }
         let last = self.state.looks.len() - 1;
         Ok(&self.state.looks[last])
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::risen;
+
+    #[test]
+    fn a_loss_that_rises_for_good_is_told_from_one_that_jumps() {
+        let falling: Vec<f32> = (0..40).map(|step| 5.0 - step as f32 * 0.1).collect();
+        assert_eq!(risen(&falling, 9.0), None, "one odd step");
+        assert_eq!(risen(&falling[..7], 90.0), None, "too early to say");
+        let mut rising = falling.clone();
+        rising.extend([9.0; 4]);
+        assert_eq!(risen(&rising, 1.0), None);
+        rising.extend([9.0; 3]);
+        let why = risen(&rising, 9.0).unwrap();
+        assert!(why.contains("9.00 nats over the last 8 steps"), "{why}");
+        // What is nearly known may double.
+        assert_eq!(risen(&[0.01; 40], 0.5), None);
     }
 }

@@ -409,7 +409,7 @@ async fn pieces_are_told_where_the_order_asks_and_make_up_the_result() {
     for stream in [true, false] {
         let work = Work::Generate(Generate {
             stream,
-            ..generate_with(&bench, 20)
+            ..generate_with(&bench, 300)
         });
         let job = job(&bench, work, b"\"water\"\n", 0, 1);
         let (_stopper, stopped) = stop();
