@@ -76,6 +76,11 @@ const EUROPE: [&str; 12] = [
 const BOUND: [u64; 3] = [700, 200, 100];
 const CHEAP: f64 = 0.5;
 
+/// Seconds after the last question within which its answer is there, on the slowest machines too.
+const LAST_S: f64 = 30.0;
+/// Steps in which the bound on what any rule spends is drawn up.
+const STEPS: u32 = 60;
+
 struct Machine {
     offer: GpuOffer,
     country: Country,
@@ -92,6 +97,10 @@ impl Machine {
         let first = f64::from(asked.reads) / self.reads + 1.0 / self.writes;
         let all = first + f64::from(asked.writes.max(1) - 1) / self.writes;
         ((first * 1e6) as u64, (all * 1e6) as u64)
+    }
+
+    fn dollars_a_second(&self) -> f64 {
+        self.offer.usd / 3_600.0
     }
 
     fn admits(&self, bound: usize) -> bool {
@@ -112,6 +121,27 @@ struct Asked {
     from: usize,
     /// Which of [`BOUND`].
     bound: usize,
+}
+
+/// Tokens to read and to write.
+struct Shape {
+    reads: f64,
+    writes: f64,
+}
+
+impl Shape {
+    /// Seconds on a device of that machine.
+    fn on(&self, machine: &Machine) -> f64 {
+        self.reads / machine.reads + self.writes / machine.writes
+    }
+}
+
+/// What all questions cost at least, as far as some prices tell.
+struct Bound {
+    dollars: f64,
+    rates: Vec<f64>,
+    /// By model: what is asked of it beyond what it has, as a share of both; negative where it has more.
+    excess: Vec<f64>,
 }
 
 struct World<'a> {
@@ -246,7 +276,7 @@ fn fleet(sources: &Sources, wanted: f64, rng: &mut Rng) -> Vec<Machine> {
     machines
 }
 
-/// A question with the trace's means.
+/// A question with the means of the whole trace, by which fleets are sized.
 const USUAL: Asked = Asked {
     at_us: 0,
     reads: 1_155,
@@ -258,39 +288,102 @@ const USUAL: Asked = Asked {
 impl World<'_> {
     /// What all questions ask for, of what all devices could give.
     fn load(&self) -> f64 {
+        let mean = self.mean();
         let able: f64 = self
             .machines
             .iter()
-            .map(|m| f64::from(m.offer.gpus) / m.serves(&USUAL).1 as f64)
+            .map(|m| f64::from(m.offer.gpus) / mean.on(m))
             .sum();
-        self.asked.len() as f64 / (able * self.length_us())
+        self.asked.len() as f64 / (able * self.length_us() / 1e6)
     }
 
     fn length_us(&self) -> f64 {
         self.asked.last().map_or(1.0, |a| a.at_us as f64)
     }
 
-    /// No rule spends less: all work on the cheapest devices, each busy all the time, wherever questions may go.
-    fn least_dollars(&self) -> f64 {
-        let mut by_cost: Vec<(f64, f64)> = self
-            .machines
-            .iter()
-            .map(|m| {
-                let one = m.serves(&USUAL).1 as f64;
-                (
-                    m.offer.usd * one / 3.6e9,
-                    f64::from(m.offer.gpus) * self.length_us() / one,
-                )
-            })
-            .collect();
-        by_cost.sort_by(|a, b| a.0.total_cmp(&b.0));
-        let mut left = self.asked.len() as f64;
-        let mut dollars = 0.0;
-        for (cost, able) in by_cost {
-            dollars += cost * able.min(left);
-            left -= able.min(left);
+    fn mean(&self) -> Shape {
+        let count = self.asked.len().max(1) as f64;
+        let sum = |of: fn(&Asked) -> u32| self.asked.iter().map(|a| f64::from(of(a))).sum::<f64>();
+        Shape {
+            reads: sum(|a| a.reads) / count,
+            writes: sum(|a| a.writes.max(1)) / count,
         }
-        dollars
+    }
+
+    /// No rule spends less, wherever questions may go, however long they wait and whatever it knows of answers beforehand:
+    /// put any price on a second of each device, let each question go where it is cheapest with that price, and take off
+    /// what all devices would earn by it if they were never idle (weak duality). Tried are prices that make all cheaper
+    /// models equal to one of them for the mean question; the best of these then rise where more is asked for than there
+    /// is, and fall elsewhere.
+    fn least_dollars(&self) -> f64 {
+        let mut models: BTreeMap<&str, Vec<&Machine>> = BTreeMap::new();
+        for machine in self.machines {
+            models.entry(&machine.offer.model).or_default().push(machine);
+        }
+        let models: Vec<Vec<&Machine>> = models.into_values().collect();
+        let mean = self.mean();
+        let costs = self.machines.iter().map(|m| m.dollars_a_second() * mean.on(m));
+        let mut costs: Vec<f64> = costs.collect();
+        costs.sort_by(f64::total_cmp);
+        let levels = costs.iter().step_by(costs.len().div_ceil(24).max(1));
+        let equal = levels.map(|level| {
+            let rates = models.iter().map(|model| level / mean.on(model[0]));
+            self.least_at(&models, rates.collect())
+        });
+        let Some(mut at) = equal.max_by(|a, b| a.dollars.total_cmp(&b.dollars)) else {
+            return 0.0;
+        };
+        let mut best = at.dollars;
+        for step in 0..STEPS {
+            let rates = at.rates.iter().zip(&at.excess);
+            let size = 0.04 / (1.0 + f64::from(step) / 8.0);
+            at = self.least_at(
+                &models,
+                rates.map(|(rate, excess)| rate * (1.0 + size * excess)).collect(),
+            );
+            best = best.max(at.dollars);
+        }
+        best
+    }
+
+    /// The bound with these prices of a second on a device of each model, what its owner asks included.
+    fn least_at(&self, models: &[Vec<&Machine>], mut rates: Vec<f64>) -> Bound {
+        for (rate, model) in rates.iter_mut().zip(models) {
+            let asked = model.iter().map(|m| m.dollars_a_second());
+            *rate = asked.fold(f64::INFINITY, f64::min).max(*rate);
+        }
+        let (mut dollars, mut busy) = (0.0, vec![0.0; models.len()]);
+        for asked in &self.asked {
+            let shape = Shape {
+                reads: asked.reads.into(),
+                writes: asked.writes.max(1).into(),
+            };
+            let mut least = (f64::INFINITY, 0, 0.0);
+            for (k, (rate, model)) in rates.iter().zip(models).enumerate() {
+                let time = shape.on(model[0]);
+                if rate * time < least.0 {
+                    least = (rate * time, k, time);
+                }
+            }
+            dollars += least.0;
+            busy[least.1] += least.2;
+        }
+        let mut excess = Vec::new();
+        for ((rate, model), busy) in rates.iter().zip(models).zip(busy) {
+            let mut able = 0.0;
+            for machine in model.iter().filter(|m| m.dollars_a_second() < *rate) {
+                // A rule may also use what devices do until the last answers are written.
+                let all = f64::from(machine.offer.gpus) * (self.length_us() / 1e6 + LAST_S);
+                able += all;
+                dollars -= (rate - machine.dollars_a_second()) * all;
+            }
+            excess.push((busy - able) / (busy + able).max(1.0));
+        }
+        Bound {
+            dollars,
+            rates,
+            excess,
+        }
     }
 
     /// Milliseconds there and back.
