@@ -260,6 +260,46 @@ fn much_cheaper_is_worth_a_move_and_a_little_cheaper_is_not() {
     }
 }
 
+/// What was done is paid by nobody once it is called back: the longer a part has run, the cheaper it must be elsewhere.
+#[test]
+fn work_that_is_well_under_way_is_not_thrown_away_for_a_price() {
+    for (after, moved) in [(30_000, true), (900_000, false)] {
+        let mut bench = Bench::new("a:1gpu@10");
+        let job = order(1, |o| {
+            o.work = Work::Noop {
+                millis_per_item: 180_000,
+            };
+            o.credits_max = Credits(10_000_000);
+        });
+        let (_, ask) = the_ask(&bench.submit(&job));
+        bench.hear("a", ToScheduler::Granted(grant("a", &ask, |_| {})));
+        let begun = bench.now;
+        let running = |bench: &mut Bench| {
+            bench.now += 10_000;
+            let held = Held {
+                key: ask.key,
+                phase: Phase::Running,
+                items_done: (bench.now - begun) / 180_000,
+                tokens: 0,
+                loss_micro: 0,
+            };
+            let held = vec![held];
+            moves(&bench.hear("a", ToScheduler::Report(Report { sequence: 1, held })))
+        };
+        while bench.now < begun + after {
+            assert_eq!(running(&mut bench), []);
+        }
+        bench.admit("b", Role::Node, Credits::ZERO);
+        bench.tell(Event::NodeConnected(node_of("b")));
+        bench.offer("b:1gpu@2");
+        let mut called = Vec::new();
+        for _ in 0..10 {
+            called.extend(running(&mut bench));
+        }
+        assert_eq!(!called.is_empty(), moved, "after {after} ms");
+    }
+}
+
 /// A queue behind a busy node: what could run elsewhere does, whoever came first.
 #[test]
 fn nothing_waits_behind_work_that_cannot_run() {
