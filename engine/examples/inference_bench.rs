@@ -95,7 +95,7 @@ fn main() {
             decode: 32,
             many_prompt: 16,
             many_decode: 24,
-            turns: 3,
+            turns: 7,
         };
         results.push(measure(&backend, &runtime, &large, &plan, threads));
     }
@@ -236,8 +236,9 @@ fn peer(backend: &LlamaBackend, model: &LlamaModel, plan: &Plan, threads: u16, t
         speed.first_ms = began.elapsed().as_secs_f64() * 1e3;
         context.clear_kv_cache();
 
-        let tokens = tokens_of(plan.prompt, 0);
+        // From the text on, as the worker gets it.
         let began = Instant::now();
+        let tokens = tokens_of(plan.prompt, 0);
         read(&mut context, &mut batch, &tokens, 0);
         let _ = sampler.sample(&context, -1);
         speed.prompt = tokens.len() as f64 / began.elapsed().as_secs_f64();
@@ -336,24 +337,23 @@ fn request(text: String, tokens: usize) -> Work {
     Work::Generate(Generate::greedy(Prompt::Raw { text }, tokens as u32))
 }
 
-/// Seconds to the first token, and to the end, with the tokens written.
-async fn timed(mut run: Run, began: Instant) -> (f64, f64, usize) {
+/// Seconds to the first token, and to the end, with the tokens read and written.
+async fn timed(mut run: Run, began: Instant) -> (f64, f64, usize, usize) {
     let mut first = None;
-    let mut written = 0;
     while let Some(event) = run.next().await {
         match event {
-            Event::Token(piece) => {
+            Event::Token(_) => {
                 first.get_or_insert_with(|| began.elapsed().as_secs_f64());
-                written += piece.tokens.len();
             }
             Event::Done { meters, .. } => {
                 let whole = began.elapsed().as_secs_f64();
-                return (first.unwrap_or(whole), whole, meters.tokens_out as usize);
+                let (read, written) = (meters.tokens_in as usize, meters.tokens_out as usize);
+                return (first.unwrap_or(whole), whole, read, written);
             }
             Event::Failed { error, .. } => panic!("{error}"),
         }
     }
-    (0.0, 0.0, written)
+    panic!("the worker ended")
 }
 
 async fn through_worker(worker: &Worker, plan: &Plan, turn: usize) -> Speed {
@@ -366,9 +366,9 @@ async fn through_worker(worker: &Worker, plan: &Plan, turn: usize) -> Speed {
     one(8, 9, 1).await;
     speed.first_ms = one(8, 8, 1).await.1 * 1e3;
     // Read to the first token; then the same again further on, of which the beginning is known.
-    let (_, whole, _) = one(plan.prompt, 0, 1).await;
-    speed.prompt = plan.prompt as f64 / whole;
-    let (first, whole, written) = one(plan.prompt, 7, plan.decode + 1).await;
+    let (_, whole, read, _) = one(plan.prompt, 0, 1).await;
+    speed.prompt = read as f64 / whole;
+    let (first, whole, _, written) = one(plan.prompt, 7, plan.decode + 1).await;
     speed.decode = written.saturating_sub(1) as f64 / (whole - first);
     let began = Instant::now();
     let mut runs = Vec::new();
@@ -380,7 +380,7 @@ async fn through_worker(worker: &Worker, plan: &Plan, turn: usize) -> Speed {
     }
     let mut written = 0;
     for run in runs {
-        written += timed(run, began).await.2;
+        written += timed(run, began).await.3;
     }
     speed.many = written as f64 / began.elapsed().as_secs_f64();
     speed

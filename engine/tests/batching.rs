@@ -275,3 +275,33 @@ async fn the_time_of_a_shared_step_is_divided_and_not_multiplied() {
     assert!(wall <= took, "{wall} ms were metered of {took} that passed");
     assert!(wall > 0);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_read_comes_back_after_others_and_the_oldest_makes_room() {
+    let directory = tempfile::tempdir().unwrap();
+    let model = gguf_file(directory.path());
+    // A third of it lies beside the cache: some 1,300 tokens.
+    let shared = with_sequences(&model, 2, |load| load.cache_tokens = Some(4 * common::CONTEXT)).await;
+    let asked = |n: usize, more: &str| raw(&format!("{n}. {}{more}", "the water flows ".repeat(12)), 8);
+    let mut answers = Vec::new();
+    for n in 0..3 {
+        let (text, meters) = text_of(start(&shared, &asked(n, "?"))).await;
+        assert_eq!(meters.tokens_cached, 0, "nobody began like it");
+        answers.push((text, meters.tokens_in));
+    }
+    for (n, (answer, tokens)) in answers.iter().enumerate() {
+        let (same, meters) = text_of(start(&shared, &asked(n, "?"))).await;
+        assert_eq!((&same, meters.tokens_in), (answer, *tokens));
+        assert_eq!(meters.tokens_cached, tokens - 1, "all but its last token");
+        // A conversation goes on with what was said.
+        let (_, meters) = text_of(start(&shared, &asked(n, &format!("?{answer} And then?")))).await;
+        assert!(meters.tokens_cached + 2 >= *tokens, "{meters:?} of {tokens}");
+    }
+    for n in 3..9 {
+        text_of(start(&shared, &asked(n, "?"))).await;
+    }
+    let (_, meters) = text_of(start(&shared, &asked(0, "?"))).await;
+    assert_eq!(meters.tokens_cached, 0, "it made room");
+    let (_, meters) = text_of(start(&shared, &asked(8, "?"))).await;
+    assert!(meters.tokens_cached > 100, "{meters:?}");
+}

@@ -3,6 +3,7 @@
 
 mod common;
 
+use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io::{BufWriter, Write};
 use std::path::Path;
@@ -17,6 +18,8 @@ use karez_engine::train::{
 };
 use karez_engine::train::{base::Hold, fused::Fused};
 use serde_json::{Value, json};
+use tokenizers::Trainer;
+use tokenizers::models::bpe::{BPE, BpeTrainer};
 
 /// Logarithms of probabilities that llama.cpp, which multiplies halves, gives a token may be this far from ours.
 const APART: f32 = 0.03;
@@ -60,6 +63,63 @@ fn model(folder: &Path, family: &str, more: Value) -> Config {
     }
     save(&weights, &folder.join("model.safetensors"), DType::F16).unwrap();
     config
+}
+
+/// A tokenizer like those of SentencePiece over the shipped corpus, as Hugging Face writes them.
+fn pieces(folder: &Path) {
+    let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("corpus");
+    let corpus =
+        ["sw", "en"].map(|language| fs::read_to_string(corpus.join(format!("{language}.jsonl"))).unwrap());
+    let mut trainer = BpeTrainer::builder().vocab_size(700).show_progress(false).build();
+    let words = corpus.concat().replace(' ', "\n\u{2581}");
+    let feed = |word: &str| Ok(vec![word.to_owned()]);
+    trainer.feed(words.lines(), feed).unwrap();
+    let mut bpe = BPE::default();
+    trainer.train(&mut bpe).unwrap();
+    let bpe = serde_json::to_value(&bpe).unwrap();
+
+    let mut tokens: Vec<String> = ["<unk>", "<s>", "</s>"].map(str::to_owned).to_vec();
+    tokens.extend((0..=u8::MAX).map(|byte| format!("<0x{byte:02X}>")));
+    let trained: HashMap<String, u32> = serde_json::from_value(bpe["vocab"].clone()).unwrap();
+    let mut in_order: Vec<(u32, String)> = trained.iter().map(|(token, id)| (*id, token.clone())).collect();
+    in_order.sort();
+    tokens.extend(in_order.iter().map(|(_, token)| token.clone()));
+    // Every pair that makes up a token, in the order of the tokens.
+    let mut merges = Vec::new();
+    for (_, token) in &in_order {
+        for (at, _) in token.char_indices().skip(1) {
+            let (left, right) = token.split_at(at);
+            if trained.contains_key(left) && trained.contains_key(right) {
+                merges.push(json!([left, right]));
+            }
+        }
+    }
+    assert!(merges.len() > 500, "{}", merges.len());
+    let vocab: HashMap<&String, usize> = tokens.iter().zip(0..).collect();
+    let special = |id: u32| {
+        json!({"id": id, "content": tokens[id as usize], "special": true, "single_word": false, "lstrip": false,
+            "rstrip": false, "normalized": false})
+    };
+    let tokenizer = json!({
+        "version": "1.0", "truncation": null, "padding": null, "pre_tokenizer": null, "post_processor": null,
+        "added_tokens": [special(0), special(1), special(2)],
+        "normalizer": {"type": "Sequence", "normalizers": [
+            {"type": "Prepend", "prepend": "\u{2581}"},
+            {"type": "Replace", "pattern": {"String": " "}, "content": "\u{2581}"}]},
+        "decoder": {"type": "Sequence", "decoders": [
+            {"type": "Replace", "pattern": {"String": "\u{2581}"}, "content": " "}, {"type": "ByteFallback"},
+            {"type": "Fuse"}]},
+        "model": {"type": "BPE", "dropout": null, "unk_token": "<unk>", "continuing_subword_prefix": null,
+            "end_of_word_suffix": null, "fuse_unk": true, "byte_fallback": true, "vocab": vocab, "merges": merges},
+    });
+    fs::write(folder.join("tokenizer.json"), tokenizer.to_string()).unwrap();
+    let path = folder.join("tokenizer_config.json");
+    let mut config: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    config["bos_token"] = "<s>".into();
+    config["eos_token"] = "</s>".into();
+    config["unk_token"] = "<unk>".into();
+    config["pad_token"] = Value::Null;
+    fs::write(path, config.to_string()).unwrap();
 }
 
 /// Logarithms of the probabilities of the likeliest tokens after `text`, and the likeliest one's text.
@@ -142,11 +202,15 @@ async fn llama_cpp_says_what_was_learnt_in_every_family() {
             "llama",
             json!({"rope_scaling": {"type": "linear", "factor": 4.0}}),
         ),
+        ("llama, SentencePiece", "llama", json!({})),
         ("qwen2", "qwen2", json!({"num_key_value_heads": 1})),
         ("qwen3", "qwen3", json!({"head_dim": 32})),
     ] {
         let folder = tempfile::tempdir().unwrap();
         let config = model(folder.path(), family, more);
+        if name.ends_with("SentencePiece") {
+            pieces(folder.path());
+        }
         let settings = Settings {
             lora_r: 3,
             lora_alpha: 6.0,
@@ -181,7 +245,7 @@ async fn llama_cpp_says_what_was_learnt_in_every_family() {
 
         // The last is long enough for positions that are stretched.
         let long = "maji ni uhai na mvua ".repeat(18);
-        let texts = ["Je, mvua", "water flows under the", &long];
+        let texts = ["Je, mvua", "water flows under the", "Čaj  ☔ na\nmaji", &long];
         let reader = Reader::open(folder.path()).unwrap();
         let mut model = Fused::new(
             BaseModel::read(folder.path(), Hold::F32).unwrap(),

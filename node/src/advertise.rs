@@ -7,6 +7,7 @@ use std::{collections::BTreeSet, sync::Arc, time::Duration};
 use tokio::{
     sync::{mpsc, watch},
     task::JoinSet,
+    time::Instant,
 };
 
 /// The most schedulers beyond the settings that are ever asked for admission by one process.
@@ -15,8 +16,29 @@ const FOUND_MAX: usize = 32;
 /// So many failures to deliver an offer are not mentioned.
 const QUIET_FAILURES: u32 = 3;
 
+/// Offers to one scheduler: so many at once, then one in so long. A little less than schedulers take from a peer.
+const BURST: u32 = 16;
+const EVERY: Duration = Duration::from_millis(250);
+
 /// The newest offer: a signed envelope. None before the first.
 pub(crate) type Newest = watch::Receiver<Option<Arc<Vec<u8>>>>;
+
+/// Keeps to [`BURST`] and [`EVERY`]: a node with many short leases changes more often than its offer may be told.
+struct Pace {
+    /// When all that was sent would have been sent one in [`EVERY`].
+    due: Instant,
+}
+
+impl Pace {
+    /// How long to wait before one more may be sent.
+    fn wait(&self, now: Instant) -> Duration {
+        self.due.saturating_duration_since(now + EVERY * (BURST - 1))
+    }
+
+    fn sent(&mut self, now: Instant) {
+        self.due = self.due.max(now) + EVERY;
+    }
+}
 
 /// Runs until the node ends. Only ever the newest offer is sent, once for each change of `newest`; `told` hears what
 /// the scheduler says of it.
@@ -27,6 +49,7 @@ pub(crate) async fn advertise(
     told: impl Fn(String) + Send + Sync + 'static,
 ) {
     let mut backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(30));
+    let mut pace = Pace { due: Instant::now() };
     let mut said = String::new();
     let mut heard = move |text: String| {
         // The same trouble again is not news.
@@ -39,9 +62,11 @@ pub(crate) async fn advertise(
         backoff.reset();
         let mut failures = 0;
         loop {
+            tokio::time::sleep(pace.wait(Instant::now())).await;
             let Some(offer) = newest.borrow_and_update().clone() else {
                 break;
             };
+            pace.sent(Instant::now());
             match peer.advertise(to.0, offer.to_vec()).await {
                 Ok(Answer::Accepted { .. }) => {
                     heard("accepted".into());
@@ -52,8 +77,10 @@ pub(crate) async fn advertise(
                     heard("accepted".into());
                     break;
                 }
-                // Saying the same thing again would not change its mind, unless it was merely busy.
-                Ok(Answer::Refused { reason }) if !reason.contains("busy") => {
+                // Saying the same thing again would not change its mind, unless it was merely busy or hears too much.
+                Ok(Answer::Refused { reason })
+                    if !reason.contains("busy") && !reason.contains("slow down") =>
+                {
                     heard(format!("refused: {reason}"));
                     break;
                 }
@@ -122,5 +149,34 @@ async fn ask(peer: Peer, to: SchedulerId, mut newest: Newest, inputs: mpsc::Send
             }
         }
         tokio::time::sleep(backoff.next()).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn offers_are_told_at_a_pace_that_schedulers_take() {
+        let start = Instant::now();
+        let mut pace = Pace { due: start };
+        for _ in 0..BURST {
+            assert_eq!(pace.wait(start), Duration::ZERO);
+            pace.sent(start);
+        }
+        // Then one at a time.
+        assert_eq!(pace.wait(start), EVERY);
+        let later = start + EVERY;
+        assert_eq!(pace.wait(later), Duration::ZERO);
+        pace.sent(later);
+        assert_eq!(pace.wait(later), EVERY);
+        // A rest gives back as many as at first and no more.
+        let rested = start + EVERY * 1000;
+        let sent = (0..100).take_while(|_| {
+            let may = pace.wait(rested).is_zero();
+            pace.sent(rested);
+            may
+        });
+        assert_eq!(sent.count(), BURST as usize);
     }
 }

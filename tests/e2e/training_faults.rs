@@ -2,10 +2,115 @@
 use crate::{
     bad_days::{Disk, fill},
     net::{Net, kill_9},
-    training::{SETTINGS, collected, lessons, submit},
+    training::{SETTINGS, base, collected, lessons, submit},
 };
 use serde_json::Value;
-use std::{fs, process::Command, time::Duration};
+use std::{fs, path::Path, process::Command, time::Duration};
+
+/// The whole base in another folder, with one number changed.
+fn another_base(net: &Net) -> String {
+    let folder = net.path("another-base");
+    fs::create_dir(&folder).unwrap();
+    for entry in fs::read_dir(base()).unwrap() {
+        let path = entry.unwrap().path();
+        fs::copy(&path, folder.join(path.file_name().unwrap())).unwrap();
+    }
+    let weights = folder.join("model.safetensors");
+    let mut bytes = fs::read(&weights).unwrap();
+    // The lowest bits of the last number: as finite as before.
+    let last = bytes.len() - 2;
+    bytes[last] ^= 1;
+    fs::write(&weights, bytes).unwrap();
+    folder.to_str().unwrap().to_owned()
+}
+
+/// What the shipped model knows by heart, as lessons: it can only get worse at these.
+fn known() -> String {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("engine/corpus");
+    let read = |language| fs::read_to_string(folder.join(language)).unwrap();
+    let corpus = ["sw.jsonl", "en.jsonl", "fr.jsonl", "es.jsonl"]
+        .map(read)
+        .concat();
+    corpus
+        .replace("\"question\"", "\"prompt\"")
+        .replace("\"answer\"", "\"completion\"")
+}
+
+#[test]
+fn a_run_that_explodes_leaves_its_last_good_checkpoint() {
+    let net = Net::up();
+    let data = net.file("data.jsonl", known());
+    let with = |rate, every| {
+        let more = [
+            "max_steps=120",
+            "warmup_steps=100",
+            "sequence_len=256",
+            rate,
+            every,
+        ];
+        submit(&net, &data, &more.map(|setting| ["--set", setting]).concat())
+    };
+    // One leaps, one drifts.
+    let leaps = net.ended(
+        &with("learning_rate=10", "save_steps=4"),
+        Duration::from_secs(300),
+    );
+    let cause = leaps["cause"].as_str().unwrap();
+    assert!(cause.contains("guessing blindly costs"), "{leaps}");
+    let id = with("learning_rate=0.5", "save_steps=8");
+    let job = net.ended(&id, Duration::from_secs(300));
+    assert_eq!(job["state"], "failed", "{job}\n{}", net.logs());
+    let done = |part: &&Value| part["state"] == "done";
+    let last = job["parts"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .filter(done)
+        .next_back()
+        .unwrap();
+    let good = last["result"].as_str().unwrap();
+    let cause = job["cause"].as_str().unwrap();
+    for says in [
+        "training went wrong at step",
+        "nats over the last 8 steps, over the first it was 0.0",
+        "lower learning_rate",
+        "the last good checkpoint is",
+        good,
+    ] {
+        assert!(cause.contains(says), "{cause} lacks {says}");
+    }
+
+    // Whoever waits for it hears how to go on; nothing is written meanwhile.
+    let (base, to) = (base(), net.path("last"));
+    let (base, to) = (base.to_str().unwrap(), to.to_str().unwrap());
+    let take = |base: &str, more: &[&str]| {
+        let args = [&["finetune", "--job", &id, "--base", base, "-o", to], more].concat();
+        net.run(&args)
+    };
+    take(base, &[]).refused(8, &["training went wrong", "--last` makes an adapter of it"]);
+    assert!(!Path::new(to).exists());
+
+    // A base of the same shape is another base.
+    let other = another_base(&net);
+    take(&other, &["--last"]).refused(
+        3,
+        &["was trained on the base", "give the folder it was trained on"],
+    );
+    assert!(!Path::new(to).exists());
+
+    let report = take(base, &["--last", "--json"]).ok().json();
+    let steps = last["first_item"].as_u64().unwrap() + last["items"].as_u64().unwrap();
+    assert_eq!(report["report"]["steps"].as_u64(), Some(steps));
+    let losses = report["report"]["loss"].as_array().unwrap();
+    assert!(
+        losses.iter().all(|loss| loss.as_f64().unwrap() < 10.0),
+        "{losses:?}"
+    );
+    net.run(&["finetune", "--verify", to]).ok();
+    let model = format!("{base}+{to}");
+    net.run(&["generate", "Maji?", "--model", &model, "--max-tokens", "4"])
+        .ok();
+}
 
 #[test]
 fn a_full_disk_under_a_checkpoint_keeps_the_one_before() {

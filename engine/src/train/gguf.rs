@@ -2,8 +2,10 @@
 //!
 //! Two things are easily got wrong. llama.cpp turns neighbouring columns of a head where Hugging Face turns the two
 //! halves, so the rows of Q and K change places. And it splits text itself, by the rule named in
-//! `tokenizer.ggml.pre`: only tokenizers that split by a rule it knows are taken, and nothing else is guessed.
+//! `tokenizer.ggml.pre` or by the scores of SentencePiece: only tokenizers for which that gives the same tokens are taken,
+//! and nothing else is guessed.
 
+use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::io::{Seek, Write};
 use std::path::Path;
@@ -17,9 +19,11 @@ use super::{Config, TrainError, Weights, load};
 
 /// llama.cpp's codes of token types.
 const NORMAL: i32 = 1;
+const UNKNOWN: i32 = 2;
 const CONTROL: i32 = 3;
 const USER_DEFINED: i32 = 4;
 const UNUSED: i32 = 5;
+const BYTE: i32 = 6;
 /// llama.cpp's codes of file types.
 const MOSTLY_F16: u32 = 1;
 const MOSTLY_Q8_0: u32 = 7;
@@ -236,15 +240,7 @@ fn vocabulary(
     tokenizer_config: &Json,
 ) -> Result<Vec<(&'static str, Value)>, TrainError> {
     let refuse = |why: &str| TrainError::Unsupported(format!("tokenizer: {why}"));
-    let pre = &tokenizer["pre_tokenizer"];
-    let rule = split_rule(pre)
-        .filter(|_| tokenizer["model"]["type"] == "BPE")
-        .ok_or_else(|| refuse("not a byte-level BPE that splits by the rule of GPT-2, Llama 3 or Qwen2"))?;
-    // Composing (NFC) changes nothing in text that is composed, as most is; llama.cpp leaves it out.
-    let composes = tokenizer["normalizer"].is_null() || tokenizer["normalizer"]["type"] == "NFC";
-    if pre["add_prefix_space"] == Json::Bool(true) || !composes {
-        return Err(refuse("it changes the text before splitting it"));
-    }
+    let cut = cut(tokenizer).map_err(refuse)?;
     let vocab = tokenizer["model"]["vocab"]
         .as_object()
         .ok_or_else(|| refuse("no vocabulary"))?;
@@ -283,13 +279,12 @@ fn vocabulary(
     let merges = tokenizer["model"]["merges"]
         .as_array()
         .ok_or_else(|| refuse("no merges"))?;
-    let merges = merges.iter().map(
-        |merge| match (merge.as_str(), merge[0].as_str(), merge[1].as_str()) {
-            (Some(merge), _, _) => Ok(text(merge)),
-            (None, Some(left), Some(right)) => Ok(Value::String(format!("{left} {right}"))),
-            _ => Err(refuse("a merge is no pair")),
-        },
-    );
+    let merges = merges.iter().map(|merge| {
+        let pair = merge.as_str().and_then(|merge| merge.split_once(' '));
+        pair.or_else(|| merge[0].as_str().zip(merge[1].as_str()))
+            .ok_or_else(|| refuse("a merge is no pair"))
+    });
+    let merges: Vec<(&str, &str)> = merges.collect::<Result<_, _>>()?;
     let id_of = |key: &str| -> Result<Option<Value>, TrainError> {
         let token = &tokenizer_config[key];
         let Some(token) = token.as_str().or_else(|| token["content"].as_str()) else {
@@ -300,8 +295,12 @@ fn vocabulary(
             .ok_or_else(|| refuse(&format!("{key} {token} is not in its vocabulary")))
     };
 
+    let (model, rule) = match cut {
+        Cut::Bytes(rule) => ("gpt2", rule),
+        Cut::Pieces { .. } => ("llama", "default"),
+    };
     let mut metadata = vec![
-        ("tokenizer.ggml.model", text("gpt2")),
+        ("tokenizer.ggml.model", text(model)),
         ("tokenizer.ggml.pre", text(rule)),
         (
             "tokenizer.ggml.add_bos_token",
@@ -315,10 +314,31 @@ fn vocabulary(
     ] {
         metadata.extend(id_of(name)?.map(|id| (key, id)));
     }
-    metadata.push((
-        "tokenizer.ggml.merges",
-        Value::Array(merges.collect::<Result<_, _>>()?),
-    ));
+    match cut {
+        Cut::Bytes(_) => {
+            let merges = merges
+                .iter()
+                .map(|(left, right)| Value::String(format!("{left} {right}")));
+            metadata.push(("tokenizer.ggml.merges", Value::Array(merges.collect())));
+        }
+        Cut::Pieces { prefix } => {
+            let place = |name: &str| tokens.iter().position(|token| token == name);
+            for byte in 0..=u8::MAX {
+                let id = place(&format!("<0x{byte:02X}>"));
+                let kind = id.and_then(|id| kinds.get_mut(id));
+                *kind.ok_or_else(|| refuse("not every byte has a token to fall back on"))? = BYTE;
+            }
+            let unknown = tokenizer["model"]["unk_token"].as_str().and_then(place);
+            if let Some(unknown) = unknown {
+                kinds[unknown] = UNKNOWN;
+                metadata.push(("tokenizer.ggml.unknown_token_id", count(unknown)));
+            }
+            metadata.push(("tokenizer.ggml.add_space_prefix", Value::Bool(prefix)));
+            let scores = scores(&tokens, &merges).map_err(refuse)?;
+            let scores = scores.into_iter().map(Value::F32).collect();
+            metadata.push(("tokenizer.ggml.scores", Value::Array(scores)));
+        }
+    }
     metadata.push((
         "tokenizer.ggml.token_type",
         Value::Array(kinds.into_iter().map(Value::I32).collect()),
@@ -328,6 +348,97 @@ fn vocabulary(
         Value::Array(tokens.into_iter().map(Value::String).collect()),
     ));
     Ok(metadata)
+}
+
+/// How a tokenizer cuts text.
+enum Cut {
+    /// Bytes, split by a rule that llama.cpp has a name for, then merged.
+    Bytes(&'static str),
+    /// SentencePiece: characters merged, with a mark for a space, before all the text too where `prefix`.
+    Pieces { prefix: bool },
+}
+
+fn cut(tokenizer: &Json) -> Result<Cut, &'static str> {
+    const OTHER: &str = "neither a byte-level BPE that splits by the rule of GPT-2, Llama 3 or Qwen2, nor a BPE of SentencePiece";
+    const CHANGES: &str = "it changes the text before splitting it";
+    let (model, pre, normalizer) = (
+        &tokenizer["model"],
+        &tokenizer["pre_tokenizer"],
+        &tokenizer["normalizer"],
+    );
+    if model["type"] != "BPE" {
+        return Err(OTHER);
+    }
+    if let Some(rule) = split_rule(pre) {
+        // Composing (NFC) changes nothing in text that is composed, as most is; llama.cpp leaves it out.
+        let composes = normalizer.is_null() || normalizer["type"] == "NFC";
+        return if composes && pre["add_prefix_space"] != Json::Bool(true) {
+            Ok(Cut::Bytes(rule))
+        } else {
+            Err(CHANGES)
+        };
+    }
+    if model["byte_fallback"] != Json::Bool(true) {
+        return Err(OTHER);
+    }
+    let marks = |step: &Json| {
+        step["type"] == "Replace" && step["pattern"]["String"] == " " && step["content"] == MARK
+    };
+    let puts_before = |step: &Json| step["type"] == "Prepend" && step["prepend"] == MARK;
+    if pre.is_null() {
+        let steps = normalizer["normalizers"].as_array();
+        return match steps.map_or(std::slice::from_ref(normalizer), Vec::as_slice) {
+            [first, second] if puts_before(first) && marks(second) => Ok(Cut::Pieces { prefix: true }),
+            [only] if marks(only) => Ok(Cut::Pieces { prefix: false }),
+            _ => Err(CHANGES),
+        };
+    }
+    let whole = pre["type"] == "Metaspace" && pre["replacement"] == MARK && pre["split"] == Json::Bool(false);
+    match pre["prepend_scheme"].as_str() {
+        _ if !whole || !normalizer.is_null() => Err(OTHER),
+        Some("always") => Ok(Cut::Pieces { prefix: true }),
+        Some("never") => Ok(Cut::Pieces { prefix: false }),
+        // llama.cpp puts it after every special token or after none.
+        _ => Err("it puts a space before the first word only"),
+    }
+}
+
+/// What SentencePiece writes for a space.
+const MARK: &str = "\u{2581}";
+
+/// What llama.cpp merges by: of all neighbours that make up a token, those of the highest score first. That is the order of
+/// `merges` where these name every such pair, and the pairs of a token one after the other.
+fn scores(tokens: &[String], merges: &[(&str, &str)]) -> Result<Vec<f32>, &'static str> {
+    const UNLIKE: &str = "its merges are not those of a SentencePiece vocabulary";
+    let ids: HashMap<&str, usize> = (0..)
+        .zip(tokens)
+        .map(|(id, token)| (token.as_str(), id))
+        .collect();
+    let known: HashSet<(&str, &str)> = merges.iter().copied().collect();
+    let mut scores = vec![0.0; tokens.len()];
+    let mut ranked = HashSet::new();
+    let mut last = None;
+    for (left, right) in merges {
+        let whole = format!("{left}{right}");
+        let id = *ids.get(whole.as_str()).ok_or("a merge makes up no token")?;
+        if last == Some(id) {
+            continue;
+        }
+        if !ranked.insert(id) {
+            return Err(UNLIKE);
+        }
+        scores[id] = -(ranked.len() as f32);
+        last = Some(id);
+    }
+    for token in ranked.iter().filter_map(|id| tokens.get(*id)) {
+        for (at, _) in token.char_indices().skip(1) {
+            let (left, right) = token.split_at(at);
+            if ids.contains_key(left) && ids.contains_key(right) && !known.contains(&(left, right)) {
+                return Err(UNLIKE);
+            }
+        }
+    }
+    Ok(scores)
 }
 
 /// llama.cpp's name for the rule by which a tokenizer splits text; none when it knows no such rule.

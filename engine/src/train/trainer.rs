@@ -100,7 +100,7 @@ fn risen(before: &[f32], now: f64) -> Option<String> {
     let sum = |losses: &[f32]| losses.iter().map(|loss| f64::from(*loss)).sum::<f64>();
     let begun = sum(&before[..STEPS]) / STEPS as f64;
     let recent = (sum(&before[before.len() + 1 - STEPS..]) + now) / STEPS as f64;
-    (recent > 1.3 * begun + 0.5).then(|| {
+    (recent > 1.3 * begun + 1.0).then(|| {
         format!("the loss is {recent:.2} nats over the last {STEPS} steps, over the first it was {begun:.2}")
     })
 }

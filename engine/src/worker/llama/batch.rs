@@ -1,6 +1,6 @@
 //! Continuous batching: many generations share the model, step by step.
 //!
-//! Each generation has a sequence of the one cache. A step computes one token for every generation that is writing
+//! Each generation has a sequence of the one cache; what has been computed and may be wanted again lies on a shelf beside it. A step computes one token for every generation that is writing
 //! and fills what is left of it with a stretch of a prompt, so a long prompt delays the others by little. When the
 //! cache runs full, kept prefixes go first; then the youngest generation steps back and is read again later, so the oldest
 //! always gets on.
@@ -19,6 +19,7 @@ use llama_cpp_2::token::LlamaToken;
 
 use super::adapters::{Adapters, Attached};
 use super::sample::Sampler;
+use super::shelf::{Shelf, common};
 use super::{Model, failed};
 use crate::error::EngineError;
 use crate::inspect::STEP_TOKENS;
@@ -30,7 +31,8 @@ use crate::unit::Millis;
 use crate::worker::meter::{Stopwatch, peak_rss};
 use crate::worker::{Inbox, Outlet};
 
-/// Prompt tokens in one step while others are writing: their next token waits for no more than these.
+/// Prompt tokens in one step while others are writing: their next token waits for no more than these, unless more of them
+/// wait to be read than write. Then the step is shared out by heads.
 const BESIDE: usize = 64;
 /// A prompt waits for another one that is being read when they have at least this many tokens more in common than are
 /// already computed: it then takes them over.
@@ -43,6 +45,8 @@ pub(in crate::worker) struct Batcher {
     slots: Vec<Slot>,
     /// Those that have no sequence yet, oldest first.
     waiting: VecDeque<Job>,
+    /// What sequences held that is over; without room, they keep it themselves.
+    shelf: Shelf,
     adapters: Adapters,
     arrivals: u64,
     steps: u64,
@@ -96,6 +100,13 @@ struct Job {
     share: usize,
 }
 
+/// Where the beginning of a text is already computed.
+#[derive(Clone, Copy)]
+enum Source {
+    Slot(usize),
+    Shelf(usize),
+}
+
 impl Job {
     fn writing(&self) -> bool {
         self.done + 1 == self.tokens.len() && self.tokens.len() > self.prompt
@@ -108,6 +119,7 @@ impl Batcher {
         context: LlamaContext<'static>,
         adapters: Adapters,
         sequences: u16,
+        shelf: usize,
     ) -> Self {
         let slots = (0..i32::from(sequences)).map(|sequence| Slot {
             sequence,
@@ -123,6 +135,7 @@ impl Batcher {
             batch: LlamaBatch::new(STEP_TOKENS as usize, 1),
             slots: slots.collect(),
             waiting: VecDeque::new(),
+            shelf: Shelf::new(if shares { shelf } else { 0 }),
             adapters,
             arrivals: 0,
             steps: 0,
@@ -270,10 +283,10 @@ impl Batcher {
                 stop(job);
             }
         }
-        let exact = self.exact;
-        for slot in &mut self.slots {
-            if let Some(job) = slot.job.take_if(|job| job.cancelled.load(Ordering::Relaxed)) {
-                slot.keep(&job, exact);
+        for at in 0..self.slots.len() {
+            let cancelled = |job: &mut Job| job.cancelled.load(Ordering::Relaxed);
+            if let Some(job) = self.slots[at].job.take_if(cancelled) {
+                self.keep(at, &job);
                 stop(job);
             }
         }
@@ -296,11 +309,10 @@ impl Batcher {
         }
     }
 
-    /// The free slot to take, the slot whose beginning to take over, and how many tokens of it.
+    /// The free slot to take, whose beginning to take over, and how many tokens of it.
     /// None when it is better to wait for a prompt that is being read.
-    fn best_place(&self, job: &Job) -> Option<(usize, usize, usize)> {
-        let common =
-            |tokens: &[LlamaToken]| tokens.iter().zip(&job.tokens).take_while(|(a, b)| a == b).count();
+    fn best_place(&self, job: &Job) -> Option<(usize, Source, usize)> {
+        let common = |tokens: &[LlamaToken]| common(tokens, &job.tokens);
         // The last token is always computed: its scores are what is wanted.
         let most = job.tokens.len() - 1;
         let (mut from, mut shared, mut coming) = (None, 0, 0);
@@ -326,6 +338,11 @@ impl Batcher {
                 (from, shared) = (Some(at), here);
             }
         }
+        let kept = self.shelf.best(&job.tokens, job.adapter);
+        let shelved = kept.filter(|(_, length)| (*length).min(most) > shared);
+        if let Some((_, length)) = shelved {
+            shared = length.min(most);
+        }
         if coming >= shared + WORTH_WAITING {
             return None;
         }
@@ -335,8 +352,13 @@ impl Batcher {
             let empty_first = |at: &usize| (!self.slots[*at].kept.is_empty(), self.slots[*at].used);
             (0..self.slots.len()).filter(free).min_by_key(empty_first)
         };
-        let target = from.filter(free).or_else(oldest)?;
-        Some((target, from.unwrap_or(target), shared))
+        let own = from.filter(|at| free(at) && shelved.is_none());
+        let target = own.or_else(oldest)?;
+        let source = match shelved {
+            Some((at, _)) => Source::Shelf(at),
+            None => Source::Slot(from.unwrap_or(target)),
+        };
+        Some((target, source, shared))
     }
 
     fn usable(&self, shared: usize) -> usize {
@@ -347,25 +369,34 @@ impl Batcher {
         }
     }
 
-    fn seat(&mut self, job: &mut Job, target: usize, source: usize, mut shared: usize) {
+    fn seat(&mut self, job: &mut Job, target: usize, source: Source, mut shared: usize) {
         let to = self.slots[target].sequence;
-        if source != target {
-            let from = self.slots[source].sequence;
-            self.forget(target);
-            let end = u32::try_from(shared).ok();
-            if shared > 0 && self.context.copy_kv_cache_seq(from, to, None, end).is_err() {
-                shared = 0;
+        match source {
+            Source::Shelf(at) => {
+                self.forget(target);
+                if !self.shelf.fetch(&mut self.context, at, to, shared) {
+                    // There was no room for it; what came of it is of no use.
+                    self.forget(target);
+                    shared = 0;
+                }
             }
-        } else if shared == 0 {
-            self.forget(target);
-        } else if self
-            .context
-            .kv_cache_seq_rm(to, Some(shared as u32), None)
-            .is_err()
-        {
-            // Some architectures cannot forget a part.
-            self.forget(target);
-            shared = 0;
+            Source::Slot(source) if source != target => {
+                let from = self.slots[source].sequence;
+                self.forget(target);
+                let end = u32::try_from(shared).ok();
+                if shared > 0 && self.context.copy_kv_cache_seq(from, to, None, end).is_err() {
+                    shared = 0;
+                }
+            }
+            Source::Slot(_) if shared == 0 => self.forget(target),
+            Source::Slot(_) => {
+                let end = u32::try_from(shared).ok();
+                if self.context.kv_cache_seq_rm(to, end, None).is_err() {
+                    // Some architectures cannot forget a part.
+                    self.forget(target);
+                    shared = 0;
+                }
+            }
         }
         let slot = &mut self.slots[target];
         slot.kept.clear();
@@ -374,6 +405,17 @@ impl Batcher {
         if job.meters.tokens_in == 0 {
             job.meters.tokens_in = shared as u64;
             job.meters.tokens_cached = shared as u64;
+        }
+    }
+
+    /// Remembers what a slot's sequence holds of a generation that is over, as far as it may be reused.
+    fn keep(&mut self, at: usize, job: &Job) {
+        let slot = &mut self.slots[at];
+        slot.keep(job, self.exact);
+        if self.shelf.is_used() {
+            let tokens = std::mem::take(&mut slot.kept);
+            self.shelf.put(&self.context, slot.sequence, tokens, job.adapter);
+            self.forget(at);
         }
     }
 
@@ -489,9 +531,6 @@ impl Batcher {
                 room -= 1;
             }
         }
-        if room < step {
-            room = room.min(BESIDE);
-        }
         let mut readers: Vec<&mut Slot> = self
             .slots
             .iter_mut()
@@ -499,6 +538,11 @@ impl Batcher {
             .filter(|slot| slot.job.as_ref().is_some_and(|job| !job.writing()))
             .collect();
         readers.sort_by_key(|slot| slot.job.as_ref().map(|job| job.arrived));
+        let writers = step - room;
+        if writers > 0 {
+            let fair = step * readers.len() / (readers.len() + writers);
+            room = room.min(fair.max(BESIDE));
+        }
         for slot in readers {
             let Some(job) = &mut slot.job else { continue };
             let left = job.tokens.len() - job.done;
@@ -561,24 +605,22 @@ impl Batcher {
         };
         inbox.over(job.id);
         self.ceiling = self.slots.len().min(self.ceiling + 1);
-        let slot = &mut self.slots[at];
         let id = job.id;
         match result {
             Ok(finish) => {
-                slot.keep(&job, self.exact);
                 // A stop string's own tokens are no part of the answer.
                 let cut = job.stream.stopped();
                 job.held.text.push_str(&job.stream.finish());
                 if !cut || !job.held.text.is_empty() {
                     job.show_all(outlet);
                 }
-                let meters = job.meters();
                 let output = Output::Text {
-                    text: job.answer,
+                    text: std::mem::take(&mut job.answer),
                     finish,
-                    logprobs: job.logprobs,
+                    logprobs: std::mem::take(&mut job.logprobs),
                 };
-                outlet.done(id, output, meters);
+                outlet.done(id, output, job.meters());
+                self.keep(at, &job);
             }
             Err(error) => {
                 let meters = job.meters();

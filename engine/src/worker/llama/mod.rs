@@ -7,6 +7,7 @@ mod batch;
 mod embed;
 mod grammar;
 mod sample;
+mod shelf;
 
 use std::ffi::{CStr, c_char, c_void};
 use std::num::NonZeroU32;
@@ -43,8 +44,16 @@ struct Model {
 pub(super) fn load(load: &Load, file: &ModelFile, threads: u16) -> Result<Batcher, EngineError> {
     let (backend, model) = open(load, file, threads)?;
     let sequences = load.sequences.unwrap_or(1);
+    let context_tokens = model.facts.context_tokens;
+    let tokens = load.cache_for(context_tokens);
+    // Of the memory for the cache, a third is for what is kept beside it.
+    let cells = if sequences > 1 {
+        (tokens - tokens / 3).max(context_tokens)
+    } else {
+        tokens
+    };
     let params = LlamaContextParams::default()
-        .with_n_ctx(NonZeroU32::new(load.cache_for(model.facts.context_tokens)))
+        .with_n_ctx(NonZeroU32::new(cells))
         .with_n_batch(STEP_TOKENS)
         .with_n_ubatch(STEP_TOKENS)
         .with_n_seq_max(sequences.into())
@@ -57,6 +66,7 @@ pub(super) fn load(load: &Load, file: &ModelFile, threads: u16) -> Result<Batche
         context,
         adapters::Adapters::new(load),
         sequences,
+        (tokens - cells) as usize,
     ))
 }
 
