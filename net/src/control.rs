@@ -303,29 +303,65 @@ struct Connector {
     expected: PublicKey,
 }
 
+/// How often a connection that was dropped before its handshake is tried again, and the first pause.
+const DIALS: u32 = 5;
+const DIAL_PAUSE: Duration = Duration::from_millis(150);
+
+/// Why a connection came to nothing.
+enum Failed {
+    /// The other end let go of it: it may have too many of them from this address just now.
+    Dropped(ConnectError),
+    Because(ConnectError),
+}
+
 impl Connector {
     async fn dial(&self) -> Result<tokio_rustls::client::TlsStream<TcpStream>, ConnectError> {
+        let mut pause = DIAL_PAUSE;
+        for _ in 1..DIALS {
+            match self.try_once().await {
+                Err(Failed::Dropped(_)) => {
+                    // Those that were dropped together do not come back together.
+                    let odd = getrandom::u32().unwrap_or_default() % 1000;
+                    tokio::time::sleep(pause + pause * odd / 1000).await;
+                    pause *= 2;
+                }
+                Err(Failed::Because(error)) => return Err(error),
+                Ok(stream) => return Ok(stream),
+            }
+        }
+        self.try_once().await.map_err(|failed| match failed {
+            Failed::Dropped(error) | Failed::Because(error) => error,
+        })
+    }
+
+    async fn try_once(&self) -> Result<tokio_rustls::client::TlsStream<TcpStream>, Failed> {
         let addr = || self.addr.to_string();
         let unreachable = |why: String| ConnectError::Unreachable { addr: addr(), why };
         let not_karez = |why: String| ConnectError::NotKarez { addr: addr(), why };
         let stream = match timeout(HANDSHAKE_MAX, TcpStream::connect(&*self.addr)).await {
             Ok(Ok(stream)) => stream,
             Ok(Err(error)) if error.kind() == io::ErrorKind::ConnectionRefused => {
-                return Err(ConnectError::Refused { addr: addr() });
+                return Err(Failed::Because(ConnectError::Refused { addr: addr() }));
             }
-            Ok(Err(error)) => return Err(unreachable(error.to_string())),
-            Err(_) => return Err(unreachable(format!("no answer in {} s", HANDSHAKE_MAX.as_secs()))),
+            Ok(Err(error)) => return Err(Failed::Because(unreachable(error.to_string()))),
+            Err(_) => {
+                let why = format!("no answer in {} s", HANDSHAKE_MAX.as_secs());
+                return Err(Failed::Because(unreachable(why)));
+            }
         };
-        stream.set_nodelay(true).map_err(|e| unreachable(e.to_string()))?;
+        let because = Failed::Because;
+        stream
+            .set_nodelay(true)
+            .map_err(|e| because(unreachable(e.to_string())))?;
         let shown: Arc<Mutex<Option<PublicKey>>> = Arc::default();
         let (note, expected) = (shown.clone(), self.expected);
         let policy: Policy = Arc::new(move |key| {
             *note.lock().unwrap_or_else(PoisonError::into_inner) = Some(*key);
             *key == expected
         });
-        let config =
-            tls::client(&self.secret, tls::ALPN_CONTROL, policy).map_err(|e| not_karez(e.to_string()))?;
-        let name = ServerName::try_from("karez").map_err(|e| not_karez(e.to_string()))?;
+        let config = tls::client(&self.secret, tls::ALPN_CONTROL, policy)
+            .map_err(|e| because(not_karez(e.to_string())))?;
+        let name = ServerName::try_from("karez").map_err(|e| because(not_karez(e.to_string())))?;
         let shaken = timeout(
             HANDSHAKE_MAX,
             TlsConnector::from(Arc::new(config)).connect(name, stream),
@@ -335,18 +371,28 @@ impl Connector {
             Ok(Err(error)) => {
                 let got = shown.lock().unwrap_or_else(PoisonError::into_inner).take();
                 Err(match got {
-                    Some(got) if got != expected => ConnectError::WrongKey {
+                    Some(got) if got != expected => Failed::Because(ConnectError::WrongKey {
                         addr: addr(),
                         expected,
                         got,
-                    },
-                    _ => not_karez(error.to_string()),
+                    }),
+                    // It said nothing at all and hung up.
+                    None if is_dropped(&error) => Failed::Dropped(not_karez(error.to_string())),
+                    _ => Failed::Because(not_karez(error.to_string())),
                 })
             }
-            Err(_) => Err(not_karez(format!(
+            Err(_) => Err(Failed::Because(not_karez(format!(
                 "no handshake in {} s",
                 HANDSHAKE_MAX.as_secs()
-            ))),
+            )))),
         }
     }
+}
+
+fn is_dropped(error: &io::Error) -> bool {
+    use io::ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset, UnexpectedEof};
+    matches!(
+        error.kind(),
+        BrokenPipe | ConnectionAborted | ConnectionReset | UnexpectedEof
+    )
 }

@@ -128,3 +128,22 @@ async fn refused_keys_noise_and_silence_harm_nobody() {
     assert_eq!(stream.unwrap().unwrap().peer().key, friend);
     client.await.unwrap().unwrap();
 }
+
+#[tokio::test]
+async fn who_is_dropped_in_a_crowd_comes_back() {
+    let (addr, mut incoming) = listen(tls::anyone()).await;
+    let mut silent = Vec::new();
+    for _ in 0..16 {
+        silent.push(TcpStream::connect(addr).await.unwrap());
+    }
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    let own = PublicKey::of(&secret(1));
+    let client = tokio::spawn(async move { control::connect(&addr.to_string(), &secret(2), own).await });
+    // Dropped once at least.
+    tokio::time::sleep(Duration::from_millis(400)).await;
+    assert!(!client.is_finished());
+    drop(silent);
+    let stream = timeout(Duration::from_secs(5), incoming.next()).await.unwrap();
+    assert_eq!(stream.unwrap().unwrap().peer().key, PublicKey::of(&secret(2)));
+    client.await.unwrap().unwrap();
+}

@@ -10,9 +10,10 @@ use super::end;
 use crate::error::EngineError;
 use crate::protocol::{self, Meters, Output, RUNS_MAX, Reply, RunId, Work};
 
-/// After a write, tokens are gathered for this long before the next one: the eye sees no difference, and a fast model
-/// does not spend its time on writing.
+/// After a write, tokens are gathered for so long before the next one, longer where many answers are written at once: the eye
+/// sees no difference, and neither a fast model nor the network behind it spends its time on writing.
 const GATHER: Duration = Duration::from_millis(4);
+const GATHER_MOST: Duration = Duration::from_millis(16);
 /// Among so many of the latest replies that wait, an earlier piece of the same answer is looked for.
 const LOOK_BACK: usize = 64;
 /// Replies that wait to be written at most; whoever computes them then waits too.
@@ -85,6 +86,12 @@ impl Inbox {
     }
 }
 
+/// How long to gather where so many answers have something to say: a millisecond for each.
+fn gather(answers: usize) -> Duration {
+    let each = u64::try_from(answers).unwrap_or(u64::MAX);
+    Duration::from_millis(each).clamp(GATHER, GATHER_MOST)
+}
+
 /// The way to the node. Written by a thread of its own once that is started.
 pub(super) struct Outlet {
     file: Mutex<File>,
@@ -127,6 +134,16 @@ impl Outlet {
 
     /// Says something to the node.
     pub(super) fn say(&self, reply: Reply) {
+        let urgent = !matches!(reply, Reply::Token { .. } | Reply::Alive);
+        self.put(reply, urgent);
+    }
+
+    /// The same for what somebody waits for, such as the first word of an answer.
+    pub(super) fn say_now(&self, reply: Reply) {
+        self.put(reply, true);
+    }
+
+    fn put(&self, reply: Reply, urgent: bool) {
         let mut queue = self.queue();
         if !queue.threaded {
             drop(queue);
@@ -149,7 +166,7 @@ impl Outlet {
             }
             return;
         }
-        queue.urgent |= !matches!(reply, Reply::Token { .. } | Reply::Alive);
+        queue.urgent |= urgent;
         let first = queue.replies.is_empty();
         let urgent = queue.urgent;
         queue.replies.push_back(reply);
@@ -188,12 +205,13 @@ impl Outlet {
             let mut queue = self.queue();
             loop {
                 let gathered = wrote.elapsed();
+                let window = gather(queue.replies.len());
                 queue = if queue.replies.is_empty() {
                     self.changed.wait(queue).unwrap_or_else(PoisonError::into_inner)
-                } else if queue.urgent || gathered >= GATHER {
+                } else if queue.urgent || gathered >= window {
                     break;
                 } else {
-                    let left = GATHER.saturating_sub(gathered);
+                    let left = window.saturating_sub(gathered);
                     let waited = self.changed.wait_timeout(queue, left);
                     waited.unwrap_or_else(PoisonError::into_inner).0
                 };

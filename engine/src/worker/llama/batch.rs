@@ -723,6 +723,12 @@ impl Job {
         if self.wants_logprobs {
             self.logprobs.extend(piece.logprobs.iter().cloned());
         }
-        outlet.say(Reply::Token { id: self.id, piece });
+        let first = self.answer.len() == piece.text.len();
+        let reply = Reply::Token { id: self.id, piece };
+        if first {
+            outlet.say_now(reply);
+        } else {
+            outlet.say(reply);
+        }
     }
 }
