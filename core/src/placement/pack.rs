@@ -4,8 +4,8 @@
 //! paper only. [`Mix::stranded`] is how much of a node's free devices the usual work could not use, weighed by how often it
 //! comes: the measure of Weng et al., Beware of Fragmentation (USENIX ATC 2023). [`best`] takes what strands least. What
 //! they leave open is which of many equal choices to take, and most choices are equal: here it is the node whose free
-//! devices would be fewest afterwards, then the one whose cores and memory are furthest from what its devices need, so
-//! that large whole pieces and well balanced nodes stay for those who need them.
+//! devices would be fewest afterwards, then the one whose cores and memory are then nearest to what those devices need, so
+//! that large whole pieces stay, and what is left of others can be fed.
 //!
 //! It decides between places that cost the same; never against a cheaper one. Pure integers: equal inputs, equal answers.
 use crate::prelude::*;

@@ -61,10 +61,6 @@ impl Shelf {
             known.used = self.uses;
             return;
         }
-        // A copy that fails is only a beginning that will be computed again.
-        let Ok(state) = context.state_seq_get(sequence, LlamaStateSeqFlags::empty()) else {
-            return;
-        };
         self.kept
             .retain(|kept| kept.adapter != adapter || common(&kept.tokens, &tokens) < kept.tokens.len());
         let mut held: usize = self.kept.iter().map(|kept| kept.tokens.len()).sum();
@@ -73,6 +69,10 @@ impl Shelf {
             let Some(oldest) = oldest else { return };
             held -= self.kept.swap_remove(oldest).tokens.len();
         }
+        // Not before there is room. A copy that fails is only a beginning that will be computed again.
+        let Ok(state) = context.state_seq_get(sequence, LlamaStateSeqFlags::empty()) else {
+            return;
+        };
         self.kept.push(Kept {
             tokens,
             adapter,
