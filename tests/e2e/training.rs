@@ -204,7 +204,7 @@ fn ten_kills_at_random_moments_cost_an_interval_each_and_change_nothing() {
     let mut net = Net::up();
     let data = net.file("data.jsonl", lessons());
     let mut settings = SETTINGS.to_vec();
-    settings[1] = "num_epochs=40";
+    settings[1] = "num_epochs=150";
     let quiet = submit(&net, &data, &settings);
     let job = net.ended(&quiet, Duration::from_secs(600));
     assert_eq!(job["state"], "done", "{job}\n{}", net.logs());

@@ -61,13 +61,7 @@ fn a_run_that_explodes_leaves_its_last_good_checkpoint() {
     let job = net.ended(&id, Duration::from_secs(300));
     assert_eq!(job["state"], "failed", "{job}\n{}", net.logs());
     let done = |part: &&Value| part["state"] == "done";
-    let last = job["parts"]
-        .as_array()
-        .unwrap()
-        .iter()
-        .filter(done)
-        .next_back()
-        .unwrap();
+    let last = job["parts"].as_array().unwrap().iter().rfind(done).unwrap();
     let good = last["result"].as_str().unwrap();
     let cause = job["cause"].as_str().unwrap();
     for says in [
