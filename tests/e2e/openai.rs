@@ -177,6 +177,29 @@ fn a_long_batch_loses_nothing_when_a_node_dies_and_is_held_by_nobody() {
     served.net.verified_ledger();
 }
 
+#[test]
+fn a_batch_that_waits_says_for_what() {
+    let served = Served::up("5");
+    let Some(mut client) = served.client(&["waits", ""]) else {
+        return;
+    };
+    let mut client = client
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut said = BufReader::new(client.stdout.take().unwrap()).lines();
+    let begun = said.next().map(Result::unwrap);
+    if begun.is_some() {
+        kill_9(served.net.pid("hill-institute"));
+    }
+    let waits = said.next().map(Result::unwrap).unwrap_or_default();
+    let ended = client.wait_with_output().unwrap();
+    let error = String::from_utf8_lossy(&ended.stderr);
+    assert!(ended.status.success(), "{error}\n{}", served.net.logs());
+    assert!(waits.contains("2 excluded by institution"), "{waits}");
+}
+
 /// The shipped model with a template that shows tools, calls and their results.
 fn with_tools() -> Vec<u8> {
     const TEMPLATE: &str = "{% for t in tools or [] %}{{ t|tojson }}{% endfor %}{% for m in messages %}{{ m.role + '\\n' + \

@@ -200,11 +200,12 @@ fn ten_kills_at_random_moments_cost_an_interval_each_and_change_nothing() {
         return;
     }
     const KILLS: usize = 10;
-    const INTERVAL: u64 = 5;
+    const INTERVAL: u64 = 20;
     let mut net = Net::up();
     let data = net.file("data.jsonl", lessons());
     let mut settings = SETTINGS.to_vec();
     settings[1] = "num_epochs=150";
+    settings[7] = "save_steps=20";
     let quiet = submit(&net, &data, &settings);
     let job = net.ended(&quiet, Duration::from_secs(600));
     assert_eq!(job["state"], "done", "{job}\n{}", net.logs());
@@ -236,11 +237,11 @@ fn ten_kills_at_random_moments_cost_an_interval_each_and_change_nothing() {
         random ^= random >> 7;
         random ^= random << 17;
         std::thread::sleep(Duration::from_millis(random % 1500));
-        let job = net.job(&id);
-        let Some(victim) = stored_and_worker(&job).1 else {
-            continue;
-        };
-        let before = job["items_done"].as_u64().unwrap();
+        // Between two parts nobody is at work.
+        let (victim, before) = net.until(Duration::from_secs(120), "somebody at work", || {
+            let job = net.job(&id);
+            Some((stored_and_worker(&job).1?, job["items_done"].as_u64()?))
+        });
         let pid = *pids.entry(victim.clone()).or_insert_with(|| net.pid(&victim));
         kill_9(pid);
         // What is stored when another attempt begins is what it goes on from.

@@ -268,11 +268,13 @@ def ended(batch, seconds=90):
 def more_batches(encoder):
     """Prompts as they stand, vectors, a batch that is called off, and pages of lists."""
 
-    def batch(url, bodies):
+    def batch(url, bodies, **wishes):
         lines = [{"custom_id": f"l{i}", "method": "POST", "url": url, "body": body} for i, body in enumerate(bodies)]
         text = "".join(json.dumps(line) + "\n" for line in lines)
         file = client.files.create(file=("in.jsonl", text.encode()), purpose="batch")
-        return client.batches.create(input_file_id=file.id, endpoint=url, completion_window="24h")
+        return client.batches.create(
+            input_file_id=file.id, endpoint=url, completion_window="24h", extra_body={"karez": wishes}
+        )
 
     def answers(batch):
         return [json.loads(line)["response"]["body"] for line in client.files.content(batch.output_file_id).text.splitlines()]
@@ -297,6 +299,9 @@ def more_batches(encoder):
         packed = [{"model": encoder, "input": "x", "encoding_format": "base64"}]
         error = refused(openai.BadRequestError, lambda: batch("/v1/embeddings", packed), param="body.encoding_format")
         assert "line 1" in error.message, error
+    # What nobody may run is refused with the reason.
+    error = refused(openai.APIStatusError, lambda: batch("/v1/completions", [{**ask, "prompt": "Water"}], countries=["JP"]))
+    assert "excluded by country" in error.message, error
     # Much to write, and called off: it ends, and what it set aside comes back.
     endless = {**ask, "max_tokens": 400, "messages": QUESTION, "logit_bias": {"0": -100, "1": -100, "2": -100}}
     long = batch("/v1/chat/completions", [endless] * 2000)
@@ -342,6 +347,30 @@ def many(lines):
             receipts.add(answer["karez"]["receipt"])
             seen += 1
     assert seen == lines and None not in receipts and len(receipts) > 1, (seen, len(receipts))
+
+
+def waits(_):
+    """A batch that only one institution may run, whose node dies: says when it has begun, then for what the batch waits."""
+    body = {"model": MODEL, "max_tokens": 400, "messages": QUESTION, "logit_bias": {"0": -100, "1": -100, "2": -100}}
+    line = {"method": "POST", "url": "/v1/chat/completions", "body": body}
+    text = "".join(json.dumps({**line, "custom_id": f"l{i}"}) + "\n" for i in range(20_000))
+    file = client.files.create(file=("in.jsonl", text.encode()), purpose="batch")
+    batch = client.batches.create(
+        input_file_id=file.id, endpoint="/v1/chat/completions", completion_window="24h",
+        extra_body={"karez": {"institutions": ["hill-institute"]}},
+    )
+    while not batch.request_counts.completed:
+        time.sleep(0.1)
+        batch = client.batches.retrieve(batch.id)
+    assert batch.karez["waits"] is None or "free" in batch.karez["waits"] or "busy" in batch.karez["waits"], batch
+    print("begun", flush=True)
+    until = time.time() + 60
+    while "excluded by" not in (batch.karez["waits"] or "") and time.time() < until:
+        time.sleep(0.2)
+        batch = client.batches.retrieve(batch.id)
+    print(batch.karez["waits"], flush=True)
+    client.batches.cancel(batch.id)
+    assert ended(batch).status == "cancelled"
 
 
 TAUGHT = [{"role": "user", "content": "Tupande ndizi lini kwenye kilima cha Mei?"}]

@@ -365,6 +365,11 @@ async fn shown(shared: &Shared, batch: &Batch) -> Value {
         }
         (None, None) => ("finalizing", 0, 0),
     };
+    // What holds up the first that is held up.
+    let waits = view.as_ref().and_then(|view| {
+        let mut queued = view.parts.iter().filter(|part| part.state == JobState::Queued);
+        queued.find(|part| !part.cause.is_empty()).map(|part| &part.cause)
+    });
     let over = batch.over.as_ref();
     let when = |state: JobState| over.filter(|over| over.state == state).map(|over| over.at);
     let errors = over.filter(|over| over.state == JobState::Failed).map(|over| {
@@ -381,7 +386,7 @@ async fn shown(shared: &Shared, batch: &Batch) -> Value {
         "cancelled_at": when(JobState::Cancelled),
         "request_counts": {"total": batch.lines, "completed": completed, "failed": failed},
         "metadata": batch.metadata,
-        "karez": {"job": batch.job.to_string()},
+        "karez": {"job": batch.job.to_string(), "waits": waits},
     })
 }
 
