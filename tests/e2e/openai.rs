@@ -138,11 +138,11 @@ fn peak_mib(pid: i32) -> u64 {
 /// 3,000 lines; a million with KAREZ_LONG. Whatever their number, what scheduler and nodes hold of them is the same.
 #[test]
 fn a_long_batch_loses_nothing_when_a_node_dies_and_is_held_by_nobody() {
-    let lines = match std::env::var_os("KAREZ_LONG") {
-        Some(_) => 1_000_000,
-        None => 3_000,
+    let (lines, budget) = match std::env::var_os("KAREZ_LONG") {
+        Some(_) => (1_000_000, "500"),
+        None => (3_000, "5"),
     };
-    let served = Served::up("5");
+    let served = Served::up(budget);
     let Some(mut client) = served.client(&["many", &lines.to_string()]) else {
         return;
     };

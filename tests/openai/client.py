@@ -332,7 +332,8 @@ def many(lines):
         endpoint="/v1/completions",
         completion_window="24h",
         timeout=600,
-        extra_body={"karez": {"max_cost": 4}},
+        # A machine that takes over has the whole input to fetch, whatever it does of it.
+        extra_body={"karez": {"max_cost": max(4, lines / 2500)}},
     )
     print("begun", flush=True)
     batch = ended(batch, 120 + lines / 50)
