@@ -314,6 +314,12 @@ enum Failed {
     Because(ConnectError),
 }
 
+impl From<ConnectError> for Failed {
+    fn from(error: ConnectError) -> Self {
+        Self::Because(error)
+    }
+}
+
 impl Connector {
     async fn dial(&self) -> Result<tokio_rustls::client::TlsStream<TcpStream>, ConnectError> {
         let mut pause = DIAL_PAUSE;
@@ -341,27 +347,24 @@ impl Connector {
         let stream = match timeout(HANDSHAKE_MAX, TcpStream::connect(&*self.addr)).await {
             Ok(Ok(stream)) => stream,
             Ok(Err(error)) if error.kind() == io::ErrorKind::ConnectionRefused => {
-                return Err(Failed::Because(ConnectError::Refused { addr: addr() }));
+                return Err(ConnectError::Refused { addr: addr() }.into());
             }
-            Ok(Err(error)) => return Err(Failed::Because(unreachable(error.to_string()))),
+            Ok(Err(error)) => return Err(unreachable(error.to_string()).into()),
             Err(_) => {
                 let why = format!("no answer in {} s", HANDSHAKE_MAX.as_secs());
-                return Err(Failed::Because(unreachable(why)));
+                return Err(unreachable(why).into());
             }
         };
-        let because = Failed::Because;
-        stream
-            .set_nodelay(true)
-            .map_err(|e| because(unreachable(e.to_string())))?;
+        stream.set_nodelay(true).map_err(|e| unreachable(e.to_string()))?;
         let shown: Arc<Mutex<Option<PublicKey>>> = Arc::default();
         let (note, expected) = (shown.clone(), self.expected);
         let policy: Policy = Arc::new(move |key| {
             *note.lock().unwrap_or_else(PoisonError::into_inner) = Some(*key);
             *key == expected
         });
-        let config = tls::client(&self.secret, tls::ALPN_CONTROL, policy)
-            .map_err(|e| because(not_karez(e.to_string())))?;
-        let name = ServerName::try_from("karez").map_err(|e| because(not_karez(e.to_string())))?;
+        let config =
+            tls::client(&self.secret, tls::ALPN_CONTROL, policy).map_err(|e| not_karez(e.to_string()))?;
+        let name = ServerName::try_from("karez").map_err(|e| not_karez(e.to_string()))?;
         let shaken = timeout(
             HANDSHAKE_MAX,
             TlsConnector::from(Arc::new(config)).connect(name, stream),
@@ -371,20 +374,18 @@ impl Connector {
             Ok(Err(error)) => {
                 let got = shown.lock().unwrap_or_else(PoisonError::into_inner).take();
                 Err(match got {
-                    Some(got) if got != expected => Failed::Because(ConnectError::WrongKey {
+                    Some(got) if got != expected => ConnectError::WrongKey {
                         addr: addr(),
                         expected,
                         got,
-                    }),
+                    }
+                    .into(),
                     // It said nothing at all and hung up.
                     None if is_dropped(&error) => Failed::Dropped(not_karez(error.to_string())),
-                    _ => Failed::Because(not_karez(error.to_string())),
+                    _ => not_karez(error.to_string()).into(),
                 })
             }
-            Err(_) => Err(Failed::Because(not_karez(format!(
-                "no handshake in {} s",
-                HANDSHAKE_MAX.as_secs()
-            )))),
+            Err(_) => Err(not_karez(format!("no handshake in {} s", HANDSHAKE_MAX.as_secs())).into()),
         }
     }
 }

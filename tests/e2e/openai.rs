@@ -2,9 +2,9 @@
 use crate::net::{Net, asked, encoder, kill_9};
 use serde_json::Value;
 use std::{
-    io::{BufRead, BufReader, Read},
+    io::{BufRead, BufReader, Lines, Read},
     path::{Path, PathBuf},
-    process::{Command, Stdio},
+    process::{Child, ChildStdout, Command, Stdio},
     sync::OnceLock,
     time::Duration,
 };
@@ -29,6 +29,17 @@ fn python() -> Option<&'static Path> {
 struct Served {
     net: Net,
     key: Value,
+}
+
+/// Starts a check that tells how far it is, line by line.
+fn started(check: &mut Command) -> (Child, Lines<BufReader<ChildStdout>>) {
+    let mut child = check
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let said = BufReader::new(child.stdout.take().unwrap()).lines();
+    (child, said)
 }
 
 impl Served {
@@ -148,12 +159,7 @@ fn a_long_batch_loses_nothing_when_a_node_dies_and_is_held_by_nobody() {
     };
     let daemons = [served.net.pid("scheduler"), served.net.pid("lake-university")];
     let before = daemons.map(peak_mib);
-    let mut client = client
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let mut said = BufReader::new(client.stdout.take().unwrap()).lines();
+    let (client, mut said) = started(&mut client);
     assert_eq!(
         said.next().map(Result::unwrap).as_deref(),
         Some("begun"),
@@ -183,12 +189,7 @@ fn a_batch_that_waits_says_for_what() {
     let Some(mut client) = served.client(&["waits", ""]) else {
         return;
     };
-    let mut client = client
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let mut said = BufReader::new(client.stdout.take().unwrap()).lines();
+    let (client, mut said) = started(&mut client);
     let begun = said.next().map(Result::unwrap);
     if begun.is_some() {
         kill_9(served.net.pid("hill-institute"));

@@ -235,18 +235,23 @@ fn work_that_would_be_late_where_it_runs_is_moved_where_it_is_not() {
     assert!(minute < 40, "{minute}");
 }
 
+fn a_long_part_on_a_dear_machine() -> (Bench, LeaseAsk) {
+    let mut bench = Bench::new("a:1gpu@10");
+    let job = order(1, |o| {
+        o.work = Work::Noop {
+            millis_per_item: 180_000,
+        };
+        o.credits_max = Credits(10_000_000);
+    });
+    let (_, ask) = the_ask(&bench.submit(&job));
+    bench.hear("a", ToScheduler::Granted(grant("a", &ask, |_| {})));
+    (bench, ask)
+}
+
 #[test]
 fn much_cheaper_is_worth_a_move_and_a_little_cheaper_is_not() {
     for (price, moved) in [(9, false), (8, false), (2, true)] {
-        let mut bench = Bench::new("a:1gpu@10");
-        let job = order(1, |o| {
-            o.work = Work::Noop {
-                millis_per_item: 180_000,
-            };
-            o.credits_max = Credits(10_000_000);
-        });
-        let (_, ask) = the_ask(&bench.submit(&job));
-        bench.hear("a", ToScheduler::Granted(grant("a", &ask, |_| {})));
+        let (mut bench, ask) = a_long_part_on_a_dear_machine();
         bench.admit("b", Role::Node, Credits::ZERO);
         bench.tell(Event::NodeConnected(node_of("b")));
         bench.offer(&format!("b:1gpu@{price}"));
@@ -264,15 +269,7 @@ fn much_cheaper_is_worth_a_move_and_a_little_cheaper_is_not() {
 #[test]
 fn work_that_is_well_under_way_is_not_thrown_away_for_a_price() {
     for (after, moved) in [(30_000, true), (900_000, false)] {
-        let mut bench = Bench::new("a:1gpu@10");
-        let job = order(1, |o| {
-            o.work = Work::Noop {
-                millis_per_item: 180_000,
-            };
-            o.credits_max = Credits(10_000_000);
-        });
-        let (_, ask) = the_ask(&bench.submit(&job));
-        bench.hear("a", ToScheduler::Granted(grant("a", &ask, |_| {})));
+        let (mut bench, ask) = a_long_part_on_a_dear_machine();
         let begun = bench.now;
         let running = |bench: &mut Bench| {
             bench.now += 10_000;

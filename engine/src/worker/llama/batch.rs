@@ -1,9 +1,9 @@
 //! Continuous batching: many generations share the model, step by step.
 //!
-//! Each generation has a sequence of the one cache; what has been computed and may be wanted again lies on a shelf beside it. A step computes one token for every generation that is writing
-//! and fills what is left of it with a stretch of a prompt, so a long prompt delays the others by little. When the
-//! cache runs full, kept prefixes go first; then the youngest generation steps back and is read again later, so the oldest
-//! always gets on.
+//! Each generation has a sequence of the one cache; what has been computed and may be wanted again lies on a shelf beside it. A
+//! step computes one token for every generation that is writing and fills what is left of it with a stretch of a prompt, so a
+//! long prompt delays the others by little. When the cache runs full, kept prefixes go first; then the youngest generation steps
+//! back and is read again later, so the oldest always gets on.
 //!
 //! With one sequence a prompt is computed in whole steps from its beginning and reused in whole steps only, so each step is
 //! always computed in the same company and an answer never depends on what was asked before it. With several, prefixes are
